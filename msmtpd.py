@@ -1,0 +1,2440 @@
+#!/usr/bin/env python3
+# SPDX-License-Identifier: MIT
+# Copyright (c) 2026 The msmtpd.py authors. The full text of the licence is in the file LICENSE.
+"""A small SMTP server that hands each mail to a command or to a function.
+
+As a program it listens on a local port, or serves one client under inetd, and pipes every mail
+to a command such as ``msmtp -f %F --``: see ``msmtpd.py --help`` and msmtpd(1). As a module it
+is the SMTP server that Python's standard library has no more:
+
+    import smtplib, msmtpd
+    mails = []
+    with msmtpd.Server(deliver=mails.append) as server:
+        smtplib.SMTP(server.host, server.port).sendmail("a@example.org", ["b@example.org"], "Hi")
+    print(mails[0].sender, mails[0].recipients, mails[0].data)
+
+A client is told that its mail is accepted only once `deliver` has returned; what `deliver`
+raises, a TemporaryFailure or PermanentFailure, is what the client is told instead. To serve
+errors on purpose, define one verb's method in a subclass of Session (which see).
+
+The protocol is RFC 5321 with PIPELINING (RFC 2920), SIZE (1870), 8BITMIME (6152), SMTPUTF8
+(6531), ENHANCEDSTATUSCODES (2034, 3463), STARTTLS (3207) and AUTH PLAIN and LOGIN (4954).
+"""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import collections
+import io
+import itertools
+import os
+import re
+import select
+import sys
+import time
+
+TYPE_CHECKING = False  # as typing's own, whose import would cost inetd users some milliseconds
+if TYPE_CHECKING:
+    import argparse
+    import email.message
+    import logging
+    import socket
+    import ssl
+    import subprocess
+    import threading
+    from typing import (Any, BinaryIO, Callable, Dict, Iterable, Iterator, List, NoReturn, Optional,
+                        Sequence, Set, Tuple, Type, Union)
+
+    Deliver = Callable[["Mail"], object]
+    Check = Callable[[str, "Mail"], object]
+    Authenticate = Callable[[str, str], bool]
+    Log = Union[logging.Logger, "ErrorsOnly"]
+
+__version__ = "1.0"
+__all__ = ["Server", "Session", "Mail", "Peer", "Reply", "Command", "TemporaryFailure",
+           "PermanentFailure", "Refused", "Disconnect", "smtpd_handler", "main"]
+
+# ---------------------------------------------------------------------------------------------
+# Limits
+# ---------------------------------------------------------------------------------------------
+
+MAX_SIZE = 64 * 1024 * 1024        # bytes of mail data as received; at least 64 K: RFC 5321 4.5.3.1.7
+MAX_MEMORY = 1024 * 1024           # bytes of one mail's data kept in memory, beyond it a file
+MAX_SESSIONS = 16                  # served at a time, further clients wait in the listen queue
+MAX_RECIPIENTS = 1000              # of one mail; at least 100: RFC 5321 4.5.3.1.8
+MAX_RECIPIENT_BYTES = 256 * 1024   # of all of them; they become arguments, which ARG_MAX bounds
+MAX_LINE = 2048                    # bytes, end included; at least 512 and extensions: 4.5.3.1.4
+MAX_AUTH_LINE = 12288              # bytes of a line in an AUTH exchange: RFC 4954 section 4
+MAX_ENDLESS_LINE = 65536           # bytes after which the end of a line is no longer waited for
+MAX_ERRORS = 10                    # protocol errors in a session, the last answered by 421
+MAX_AUTH_FAILURES = 3              # in a session, the last answered by 421
+MAX_REPLY_LINE = 512               # bytes, end included: RFC 5321 4.5.3.1.5
+MAX_ERROR_OUTPUT = 4096            # bytes kept of what a command writes to standard error
+MAX_ERROR_TEXT = 300               # bytes of it that a reply repeats
+MAX_LOGGED = 200                   # characters of a value from outside that a log line repeats
+TIMEOUT = 300.0                    # seconds that a client may be silent: RFC 5321 4.5.3.2.7
+FULL_TIMEOUT = 10.0                # the same while all sessions are taken
+MIN_RATE = 500.0                   # bytes per second that mail data has to come at
+DELIVERY_TIMEOUT = 540.0           # seconds for a command: clients wait 600, RFC 5321 4.5.3.2.6
+KILL_DELAY = 5.0                   # seconds from a command's SIGTERM to its SIGKILL
+AUTH_DELAY = 1.0                   # seconds by which a failure, and what follows it, is late
+AUTH_MEMORY = 60.0                 # seconds for which a failure makes every answer late
+GRACE = 30.0                       # seconds that the program gives mail data when it is stopped
+LISTEN_QUEUE = 128                 # clients that the kernel lets wait
+CHUNK = 65536                      # bytes per read: still in the processor's cache when searched
+
+
+# ---------------------------------------------------------------------------------------------
+# Values
+# ---------------------------------------------------------------------------------------------
+
+class Peer(collections.namedtuple("Peer", ("host", "port"))):
+    """Where a client is: `host`, an IP address as text, and `port`; None where there is none."""
+
+    __slots__ = ()
+
+    def __str__(self) -> str:
+        return "a local client" if self.host is None else "[%s]:%s" % (self.host, self.port)
+
+
+class Reply:
+    """A reply: `code` (RFC 5321 4.2), `enhanced` status code (RFC 3463, "" for none), `lines`."""
+
+    __slots__ = ("code", "enhanced", "lines")
+
+    def __init__(self, code: int, enhanced: str, *lines: str) -> None:
+        self.code, self.enhanced, self.lines = code, enhanced, lines or ("",)
+
+    def __bytes__(self) -> bytes:
+        """The reply as it is sent: printable ASCII, lines of at most 512 bytes (4.5.3.1.5)."""
+        enhanced = self.enhanced and self.enhanced + " "
+        last = len(self.lines) - 1
+        return b"".join(
+            ("%d%s%s%s" % (self.code, " " if number == last else "-", enhanced, _plain(line)))
+            .encode("ascii")[:MAX_REPLY_LINE - 2] + b"\r\n"
+            for number, line in enumerate(self.lines))
+
+    def __repr__(self) -> str:
+        return "Reply(%d, %r, %s)" % (self.code, self.enhanced, ", ".join(map(repr, self.lines)))
+
+    @property
+    def is_protocol_error(self) -> bool:
+        """Whether the client misused the protocol, which RFC 3463 3.6 calls X.5.X."""
+        return self.enhanced.startswith("5.5.")
+
+
+class Refused(Exception):
+    """Raised by a verb's method to answer with `reply` and go on with the session."""
+
+    def __init__(self, reply: Reply) -> None:
+        super().__init__(reply)
+        self.reply = reply
+
+
+class Disconnect(Exception):
+    """Raised by a verb's method to end the session, after `reply` where one is given."""
+
+    def __init__(self, reply: Optional[Reply] = None, reason: str = "") -> None:
+        super().__init__(reply, reason)
+        self.reply, self.reason = reply, reason
+
+
+class _Failure(Exception):
+    """What `deliver` and `check` raise.
+
+    text: told to the client. code, enhanced: the reply's, where not the usual ones.
+    details: lines for the log. Raises ValueError for a code or enhanced code of another class.
+    """
+
+    digit = 0
+
+    def __init__(self, text: str = "", code: Optional[int] = None, enhanced: Optional[str] = None,
+                 details: Sequence[str] = ()) -> None:
+        super().__init__(text)
+        if code is not None and not (isinstance(code, int) and code // 100 == self.digit):
+            raise ValueError("%s takes codes %d00 to %d99, not %r"
+                             % (type(self).__name__, self.digit, self.digit, code))
+        if enhanced is not None and not re.fullmatch(r"%d\.\d{1,3}\.\d{1,3}" % self.digit, enhanced):
+            raise ValueError("%s takes enhanced codes %d.X.X, not %r"
+                             % (type(self).__name__, self.digit, enhanced))
+        self.code, self.enhanced, self.details = code, enhanced, details
+
+    def reply(self, code: int, detail: str, text: str) -> Reply:
+        """The reply to give; `code`, `detail` (as "3.0") and `text` stand in for what it lacks."""
+        if code // 100 != self.digit:
+            code = 451
+        return Reply(self.code or code, self.enhanced or "%d.%s" % (self.digit, detail),
+                     str(self) or text)
+
+
+class TemporaryFailure(_Failure):
+    """The client should try again later: 451 4.3.0, or a 4xx `code` and its `enhanced` code."""
+
+    digit = 4
+
+
+class PermanentFailure(_Failure):
+    """The client should give up: 554 5.3.0, or a 5xx `code` and its `enhanced` code."""
+
+    digit = 5
+
+
+class Spool:
+    """Mail data: up to `MAX_MEMORY` bytes in memory, more in an unlinked file of mode 0600."""
+
+    def __init__(self) -> None:
+        self._file: BinaryIO = io.BytesIO()
+        self.size = 0
+        self.in_memory = True
+
+    def write(self, data: bytes) -> None:
+        """Append `data`. Raises OSError where the disk, MemoryError where the memory is full."""
+        if self.in_memory and self.size + len(data) > MAX_MEMORY:
+            import tempfile
+            memory, self._file = self._file, tempfile.TemporaryFile(prefix="msmtpd-")
+            self.in_memory = False
+            memory.seek(0)
+            self._file.write(memory.read())
+        self._file.write(data)
+        self._file.flush()      # now, not where nobody looks for an error any more
+        self.size += len(data)
+
+    def file(self) -> BinaryIO:
+        """The data as a file, open for reading from its start."""
+        self._file.seek(0)
+        return self._file
+
+    def close(self) -> None:
+        """Drop the data."""
+        try:
+            self._file.close()
+        except OSError:         # what could not be written before cannot be now
+            pass
+
+    def __del__(self) -> None:
+        self.close()
+
+
+class Mail:
+    """One mail and its envelope.
+
+    sender: the reverse-path, "" for <>. recipients: the forward-paths, in the order accepted.
+    peer: the client's Peer. helo: the name it gave. user: as whom it authenticated, or None.
+    tls: whether it came over TLS. smtputf8: whether its addresses may be more than ASCII. outcome:
+    what a `deliver` may set to have it in the log line,
+    as Command sets "exit=0". Not to be shared between threads without a lock, and its spool is
+    kept for as long as the mail is.
+    """
+
+    def __init__(self, sender: str, recipients: Sequence[str] = (), data: bytes = b"", *,
+                 peer: Peer = Peer(None, None), helo: str = "", user: Optional[str] = None,
+                 tls: bool = False, smtputf8: bool = False) -> None:
+        self.sender, self.recipients = sender, list(recipients)
+        self.peer, self.helo, self.user = peer, helo, user
+        self.tls, self.smtputf8 = tls, smtputf8
+        self.outcome = ""
+        self.spool = Spool()
+        self.spool.write(data)
+
+    @property
+    def size(self) -> int:
+        """The number of bytes of `data`."""
+        return self.spool.size
+
+    @property
+    def file(self) -> BinaryIO:
+        """The mail data as a binary file, open for reading from its start; one file, shared."""
+        return self.spool.file()
+
+    @property
+    def data(self) -> bytes:
+        """The mail data: transparency (RFC 5321 4.5.2) undone, each line ended by LF."""
+        return self.file.read()
+
+    @property
+    def message(self) -> email.message.EmailMessage:
+        """The mail data, parsed anew at each use, as an email.message.EmailMessage."""
+        import email
+        import email.policy
+        return email.message_from_binary_file(self.file, policy=email.policy.default)
+
+    def __repr__(self) -> str:
+        return "<Mail from %r to %r, %d bytes>" % (self.sender, self.recipients, self.size)
+
+
+class Settings:
+    """What all sessions of a server share; never changed once it is made. As Server's arguments."""
+
+    def __init__(self, deliver: Deliver, *, check: Optional[Check] = None,
+                 tls: Optional[ssl.SSLContext] = None, starttls: bool = True,
+                 received: bool = False, max_size: int = MAX_SIZE,
+                 timeout: float = TIMEOUT) -> None:
+        self.deliver = deliver
+        # A command's rule for addresses must not be forgotten: it keeps them from the shell.
+        self.check: Optional[Check] = check or getattr(deliver, "check", None)
+        self.tls, self.starttls = tls, starttls
+        self.received, self.max_size, self.timeout = received, max_size, timeout
+
+
+class ErrorsOnly:
+    """The log of who wants none: information is dropped, an error is a line on standard error."""
+
+    def isEnabledFor(self, level: int) -> bool:  # noqa: N802 (the name is logging's)
+        """Whether records of that level are shown."""
+        return level >= 40
+
+    def debug(self, message: str, *values: object) -> None:
+        """Drop it."""
+
+    info = debug
+
+    def error(self, message: str, *values: object, exc_info: bool = False) -> None:
+        """Write it, and never fail."""
+        text = "msmtpd: " + message % values
+        if exc_info:
+            import traceback
+            text += "\n" + traceback.format_exc().rstrip()
+        try:
+            os.write(2, (text + "\n").encode("utf-8", "backslashreplace"))
+        except OSError:
+            pass
+
+
+def _plain(text: str) -> str:
+    """`text` fit for a reply: printable ASCII, as RFC 5321 4.2 wants it."""
+    if text.isascii() and text.isprintable():
+        return text
+    return "".join(c if " " <= c <= "~" else " " if c.isspace() else "?" for c in text)
+
+
+def _shown(value: str) -> str:
+    """`value`, which came from outside, fit for a log line: escaped, and cut."""
+    value = value[:MAX_LOGGED]
+    if value.isprintable() and "\\" not in value:
+        return value
+    return "".join(c if c.isprintable() and c != "\\" else c.encode("unicode_escape").decode()
+                   for c in value)[:MAX_LOGGED]
+
+
+# ---------------------------------------------------------------------------------------------
+# Grammar: pure functions on text
+# ---------------------------------------------------------------------------------------------
+
+# RFC 5321 4.1.2 and RFC 6531 3.3, but for dots, which devices put anywhere in a local part, and
+# for underscores in domains.
+_ATEXT = r"""[^\x00-\x20\x7f"(),:;<>@\[\\\]]"""
+_LOCAL_PART = r"""(?:%s+|"(?:[^\x00-\x1f\x7f"\\]|\\[ -~])*")""" % _ATEXT
+_LETTER = r"[0-9A-Za-z_\x80-\U0010ffff]"
+_LABEL = r"%s(?:(?:%s|-)*%s)?" % (_LETTER, _LETTER, _LETTER)
+_LITERAL = (r"\[(?:\d{1,3}(?:\.\d{1,3}){3}|IPv6:[0-9A-Fa-f:.]+"
+            r"|[0-9A-Za-z-]*[0-9A-Za-z]:[!-Z^-~]+)\]")
+_DOMAIN = r"(?:%s(?:\.%s)*|%s)" % (_LABEL, _LABEL, _LITERAL)
+_MAILBOX = r"%s(?:@%s)?" % (_LOCAL_PART, _DOMAIN)
+_PATH = (r" *(?:<(?:(?:@{0}(?:,@{0})*:)?(?P<path>{1}))?>|(?P<bare>{1}))(?: +(?P<rest>.*))?"
+         .format(_DOMAIN, _MAILBOX))
+
+_INERT = "ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789@._+/=:%,-"
+
+# What web pages can make a browser send, and what else speaks HTTP.
+HTTP_METHODS = frozenset("CONNECT DELETE GET HEAD OPTIONS PATCH POST PRI PROPFIND PUT TRACE".split())
+
+
+def split_verb(line: str) -> Tuple[str, str]:
+    """Split a command line, without its end, into its verb in upper case and its argument."""
+    verb, _, argument = line.partition(" ")
+    return (verb.upper() if verb.isascii() else ""), argument.strip(" ")
+
+
+def without_end(line: bytes) -> bytes:
+    """`line` without its LF or CR LF."""
+    return line[:-2] if line.endswith(b"\r\n") else line[:-1] if line.endswith(b"\n") else line
+
+
+def parse_path(argument: str, keyword: str) -> Optional[Tuple[Optional[str], str]]:
+    """Read ``FROM:<path> parameters``, `keyword` being ``FROM`` or ``TO`` (RFC 5321 4.1.1.2, 3).
+
+    Returns the address ("" for <>, None where it is no valid one; a source route is dropped) and
+    the text of the parameters; None where the keyword or the colon is missing.
+    """
+    name, colon, text = argument.partition(":")
+    if not colon or name.upper() != keyword:
+        return None
+    match = re.fullmatch(_PATH, text)
+    if match is None:
+        return None, ""
+    address = match.group("path") or match.group("bare") or ""
+    # A leading hyphen could become an option of the command; unprintable is what no one can see.
+    valid = not address.startswith("-") and address.isprintable()
+    return (address if valid else None), match.group("rest") or ""
+
+
+def parse_parameters(text: str) -> Optional[Dict[str, str]]:
+    """Read ``NAME=value NAME`` (RFC 5321 4.1.2) with names in upper case; None for bad syntax."""
+    parameters: Dict[str, str] = {}
+    for word in text.split():
+        match = re.fullmatch(r"([0-9A-Za-z][0-9A-Za-z-]*)(?:=([^\x00-\x20\x7f=]+))?", word)
+        if match is None or match.group(1).upper() in parameters:
+            return None
+        parameters[match.group(1).upper()] = match.group(2) or ""
+    return parameters
+
+
+def is_inert(address: str) -> bool:
+    """Whether no shell, here or behind the command, can read anything into `address`."""
+    return not address.strip(_INERT) or all(
+        c in _INERT or (c > "\x7f" and c.isalpha()) for c in address)
+
+
+def is_http(line: str) -> bool:
+    """Whether a line is the request line of HTTP (RFC 9112 section 3)."""
+    return (line.partition(" ")[0].upper() in HTTP_METHODS
+            or re.search(r" HTTP/\d(\.\d)?$", line) is not None)
+
+
+def is_header(line: str) -> bool:
+    """Whether a line looks like a header field rather than a command."""
+    return re.match(r"[0-9A-Za-z-]+:", line) is not None
+
+
+def decode_base64(text: bytes) -> Optional[bytes]:
+    """The bytes that `text` stands for, None where it is not base64 (RFC 4648 section 4)."""
+    try:
+        return base64.b64decode(text, validate=True)
+    except (binascii.Error, ValueError):
+        return None
+
+
+def parse_plain(response: bytes) -> Optional[Tuple[str, str]]:
+    """User and password in a PLAIN response (RFC 4616 section 2), None where it is not one."""
+    fields = response.split(b"\0")
+    if len(fields) != 3:
+        return None
+    try:
+        return fields[1].decode(), fields[2].decode()
+    except UnicodeDecodeError:
+        return None
+
+
+def shown_name(argument: str) -> str:
+    """The name of a HELO or EHLO as the Received line shows it."""
+    if not argument:
+        return "unknown"
+    return argument if re.fullmatch(r"[0-9A-Za-z._:\[\]-]{1,255}", argument) else "invalid"
+
+
+def received_line(name: str, peer: Peer, protocol: str, when: float) -> bytes:
+    """The trace field (RFC 5321 4.4) of a mail received `when`, in seconds since the epoch."""
+    host = peer.host and peer.host.partition("%")[0]
+    address = " ([%s%s])" % ("IPv6:" if ":" in host else "", host) if host else ""
+    return ("Received: from %s%s\n\tby localhost (msmtpd) with %s;\n\t%s\n"
+            % (name, address, protocol, mail_date(when))).encode("ascii", "replace")
+
+
+def mail_date(when: float) -> str:
+    """`when`, in seconds since the epoch, as RFC 5322 3.3 writes it, in local time."""
+    t = time.localtime(when)
+    days, months = "Mon Tue Wed Thu Fri Sat Sun", "Jan Feb Mar Apr May Jun Jul Aug Sep Oct Nov Dec"
+    minutes = (t.tm_gmtoff or 0) // 60
+    # strftime would follow the locale.
+    return "%s, %d %s %d %02d:%02d:%02d %s%02d%02d" % (
+        days.split()[t.tm_wday], t.tm_mday, months.split()[t.tm_mon - 1], t.tm_year, t.tm_hour,
+        t.tm_min, t.tm_sec, "-" if minutes < 0 else "+", abs(minutes) // 60, abs(minutes) % 60)
+
+
+class Transparency:
+    """Mail data as received, in pieces cut anywhere, made into lines that end in LF.
+
+    One leading dot of a line is removed (RFC 5321 4.5.2), and a bare CR, which could smuggle a
+    command past the next server, becomes a space.
+    """
+
+    def __init__(self) -> None:
+        self._held = b""            # a CR whose LF may begin the next piece
+        self._at_line_start = True
+
+    def decode(self, piece: bytes) -> bytes:
+        """The next piece, converted. The last one has to end in LF."""
+        if self._held:
+            piece, self._held = self._held + piece, b""
+        if piece.endswith(b"\r"):
+            piece, self._held = piece[:-1], b"\r"
+        if not piece:
+            return b""
+        lines = piece.replace(b"\r", b"")
+        if len(piece) - len(lines) != piece.count(b"\r\n"):     # not every CR was that of a CR LF
+            lines = piece.replace(b"\r\n", b"\n").replace(b"\r", b" ")
+        dot = self._at_line_start and lines.startswith(b".")
+        self._at_line_start = lines.endswith(b"\n")
+        lines = lines.replace(b"\n.", b"\n")
+        return lines[1:] if dot else lines
+
+
+# ---------------------------------------------------------------------------------------------
+# Wire: bytes, lines, bodies and deadlines
+# ---------------------------------------------------------------------------------------------
+
+class Gone(Exception):
+    """The client closed or broke the connection."""
+
+
+class Silent(Exception):
+    """The client neither spoke nor read for as long as it may."""
+
+
+class Stopping(Exception):
+    """The server stops, and this session with it."""
+
+
+class TLSHello(Exception):
+    """The client speaks TLS where it should not yet."""
+
+
+class LineTooLong(Exception):
+    """A line exceeds the limit. Of it, `start` is known; `endless` says whether there was no end."""
+
+    def __init__(self, start: bytes, endless: bool) -> None:
+        super().__init__(start, endless)
+        self.start, self.endless = start, endless
+
+
+def _poll(readers: Iterable[int], writers: Iterable[int], seconds: Optional[float]) -> Set[int]:
+    """Wait for descriptors for at most `seconds` (None: for ever); return those that are ready."""
+    if not hasattr(select, "poll"):
+        ready = select.select(readers, writers, (), seconds)
+        return {*ready[0], *ready[1]}
+    poll = select.poll()
+    for descriptor in readers:
+        poll.register(descriptor, select.POLLIN)
+    for descriptor in writers:
+        poll.register(descriptor, select.POLLOUT)
+    milliseconds = None if seconds is None else max(0, int(seconds * 1000) + 1)
+    return {descriptor for descriptor, _ in poll.poll(milliseconds)}
+
+
+class Slots:
+    """Whether the sessions are to end, and whether all that there may be are taken.
+
+    Read by every session and, but for its own server, changed by nobody. The waker is what
+    `drain` closes, and thereby wakes all who wait for `descriptor`: a signal handler may do it.
+    """
+
+    def __init__(self, wake_reader: Any, wake_writer: Any) -> None:
+        self._reader, self._writer = wake_reader, wake_writer
+        self.descriptor: int = wake_reader.fileno()
+        self.full = False
+        self.drain_until: Optional[float] = None    # on time.monotonic()'s clock
+
+    def drain(self, grace: float) -> None:
+        """End sessions that wait for a verb now, and those that read mail data in `grace` seconds."""
+        until = time.monotonic() + grace
+        self.drain_until = until if self.drain_until is None else min(self.drain_until, until)
+        self._writer.close()
+
+    def __del__(self) -> None:
+        self._writer.close()
+        self._reader.close()
+
+
+class Wire:
+    """The client's bytes: read by the line or by the body, replies gathered and sent together.
+
+    Works on one socket or on two descriptors, be they pipes, sockets or a terminal. Every method
+    that waits raises Gone, Silent or Stopping.
+    """
+
+    def __init__(self, source: int, sink: int, receive: Callable[[int], bytes],
+                 send: Callable[[bytes], int], end_output: Callable[[], object], slots: Slots,
+                 timeout: float) -> None:
+        self._source, self._sink = source, sink
+        self._receive, self._send, self._end_output = receive, send, end_output
+        self._slots, self._timeout = slots, timeout
+        self._input = bytearray()
+        self._output = bytearray()
+
+    @classmethod
+    def of_socket(cls, connection: socket.socket, slots: Slots, timeout: float) -> Wire:
+        """The wire on a connected socket."""
+        import socket
+        connection.setblocking(False)
+        return cls(connection.fileno(), connection.fileno(), connection.recv, connection.send,
+                   lambda: connection.shutdown(socket.SHUT_WR), slots, timeout)
+
+    @classmethod
+    def of_descriptors(cls, source: int, sink: int, slots: Slots, timeout: float) -> Wire:
+        """The wire on two descriptors, which are left as they are: others may share them."""
+        def send(data: bytes) -> int:
+            if not _poll((), (sink,), 0):
+                raise BlockingIOError
+            return os.write(sink, data[:512])   # POSIX's PIPE_BUF: what fits when one may write
+        return cls(source, sink, lambda size: os.read(source, size), send, lambda: None, slots,
+                   timeout)
+
+    def read_line(self, limit: int) -> bytes:
+        """Return the next line with its end, LF or CR LF.
+
+        Raises LineTooLong beyond `limit` bytes, after the end of that line or MAX_ENDLESS_LINE,
+        and TLSHello.
+        """
+        deadline = time.monotonic() + self._timeout
+        while True:
+            if self._input.startswith(b"\x16\x03"):     # RFC 8446 5.1: a handshake record
+                raise TLSHello
+            length = self._input.find(b"\n") + 1
+            if 0 < length <= MAX_ENDLESS_LINE:
+                line = bytes(self._input[:length])
+                del self._input[:length]
+                if length > limit:
+                    raise LineTooLong(line[:limit], endless=False)
+                return line
+            if len(self._input) > MAX_ENDLESS_LINE:
+                raise LineTooLong(bytes(self._input[:limit]), endless=True)
+            self._input += self._pull(deadline, idle=True)
+
+    def read_body(self, ends: Sequence[bytes]) -> Iterator[bytes]:
+        """Yield mail data as it was received, in pieces, up to the first of `ends`.
+
+        Each end begins with the end of the data's last line, which still is part of the data.
+        The line before the data, DATA's own, may serve for it.
+        """
+        start = time.monotonic()
+        received = 0
+        data, done = b"\r\n" + bytes(self._input), 2    # data[:done] is no part of it, or yielded
+        self._input.clear()
+        while True:
+            found = min(((data.find(end), end) for end in ends if end in data), default=None)
+            if found:
+                at, end = found
+                self._input += data[at + len(end):]
+                yield data[done:at + end.index(b".")]
+                return
+            keep = max(0, len(data) - 4)                # an end, but for its last byte
+            if keep > done:
+                yield data[done:keep]
+            now = time.monotonic()
+            piece = self._pull(self._timeout + min(now, start + received / MIN_RATE))
+            received += len(piece)
+            data, done = data[keep:] + piece, max(0, done - keep)
+
+    def write(self, data: bytes) -> None:
+        """Send `data`, at the latest before the next wait for the client."""
+        self._output += data
+        if len(self._output) > CHUNK:
+            self.flush()
+
+    def flush(self) -> None:
+        """Send what `write` has gathered."""
+        if self._output:
+            data, self._output = bytes(self._output), bytearray()
+            self._push(data, time.monotonic() + self._timeout)
+
+    def has_left(self) -> bool:
+        """Whether the client has closed its side, asked without waiting for it."""
+        if self._input or not _poll((self._source,), (), 0):
+            return False
+        try:
+            self._input += self._pull(time.monotonic() + 1.0)
+        except Gone:
+            return True
+        except (Silent, Stopping):
+            pass
+        return False
+
+    def close(self, farewell: bytes, linger: float) -> None:
+        """Send `farewell` if the client takes it, and for `linger` seconds drop what it sends.
+
+        Closing a socket with unread input resets it, and the client may never see the farewell.
+        """
+        deadline = time.monotonic() + max(linger, 1.0)
+        try:
+            self._push(bytes(self._output) + farewell, deadline)
+            if linger:
+                self._end_output()
+            while linger and self._slots.drain_until is None:
+                self._pull(deadline)
+        except (Gone, Silent, Stopping, OSError):
+            pass
+
+    def _pull(self, deadline: float, idle: bool = False) -> bytes:
+        """Return the next bytes of the client's, after sending it what there is to send."""
+        self.flush()
+        while True:
+            self._wait((self._source,), (), deadline, idle)
+            try:
+                data = self._receive(CHUNK)
+            except (BlockingIOError, InterruptedError):
+                continue
+            except OSError as error:
+                raise Gone from error
+            if not data:
+                raise Gone
+            return data
+
+    def _push(self, data: bytes, deadline: float) -> None:
+        """Send `data`, waiting where the client does not read it."""
+        while data:
+            try:
+                data = data[self._send(data):]
+            except (BlockingIOError, InterruptedError):
+                self._wait((), (self._sink,), deadline)
+            except OSError as error:
+                raise Gone from error
+
+    def _wait(self, readers: Tuple[int, ...], writers: Tuple[int, ...], deadline: float,
+              idle: bool = False) -> None:
+        """Wait for the client; `idle` says that it is in the middle of nothing."""
+        slots, since = self._slots, time.monotonic()
+        while True:
+            now, limit = time.monotonic(), deadline
+            wakers: Tuple[int, ...] = ()
+            if slots.drain_until is None:
+                wakers = (slots.descriptor,)
+            elif idle or now >= slots.drain_until:
+                raise Stopping
+            else:
+                limit = min(limit, slots.drain_until)
+            if now >= limit or (slots.full and now >= since + FULL_TIMEOUT):
+                raise Silent
+            # Nobody tells a session that the slots have been filled: it looks, once a second.
+            look = max(since + FULL_TIMEOUT, now + 1.0)
+            ready = _poll(readers + wakers, writers, min(limit, look) - now)
+            if not ready.isdisjoint(readers + writers):
+                return
+
+
+class TLSWire(Wire):
+    """A wire within TLS, on any other wire, whose unread input is dropped (CVE-2021-38371)."""
+
+    def __init__(self, plain: Wire, context: ssl.SSLContext) -> None:
+        import ssl
+        super().__init__(plain._source, plain._sink, plain._receive, plain._send,
+                         plain._end_output, plain._slots, plain._timeout)
+        self._want_read = ssl.SSLWantReadError
+        self._received, self._to_send = ssl.MemoryBIO(), ssl.MemoryBIO()
+        self._tls = context.wrap_bio(self._received, self._to_send, server_side=True)
+
+    def handshake(self) -> str:
+        """Agree with the client on TLS; return the version agreed. Raises ssl.SSLError, too."""
+        deadline = time.monotonic() + self._timeout
+        try:
+            self._repeat(self._tls.do_handshake, deadline, idle=True)
+        finally:
+            super()._push(self._to_send.read(), deadline)       # the alert, where it failed
+        return self._tls.version() or ""
+
+    def has_left(self) -> bool:
+        return not self._tls.pending() and super().has_left()
+
+    def close(self, farewell: bytes, linger: float) -> None:
+        super().close(farewell, 0)
+        try:
+            self._tls.unwrap()      # TLS's own farewell (RFC 8446 6.1); the answer is not awaited
+        except OSError:
+            pass
+        self._output = bytearray()
+        # Below TLS from here on: what the client still sends is dropped, not decrypted.
+        Wire(self._source, self._sink, self._receive, self._send, self._end_output, self._slots,
+             self._timeout).close(self._to_send.read(), linger)
+
+    def _repeat(self, operation: Callable[[], Any], deadline: float, idle: bool) -> Any:
+        """Call `operation` until it no longer wants to hear more from the client."""
+        while True:
+            try:
+                return operation()
+            except self._want_read:
+                super()._push(self._to_send.read(), deadline)
+                self._received.write(super()._pull(deadline, idle))
+
+    def _pull(self, deadline: float, idle: bool = False) -> bytes:
+        self.flush()
+        try:
+            data: bytes = self._repeat(lambda: self._tls.read(CHUNK), deadline, idle)
+        except OSError as error:            # ssl.SSLError is one
+            raise Gone from error
+        if not data:
+            raise Gone
+        return data
+
+    def _push(self, data: bytes, deadline: float) -> None:
+        try:
+            if data:
+                self._tls.write(data)
+        except OSError as error:
+            raise Gone from error
+        super()._push(self._to_send.read(), deadline)
+
+
+# ---------------------------------------------------------------------------------------------
+# Session: one method a verb
+# ---------------------------------------------------------------------------------------------
+
+class Session:
+    """One client's dialogue. To change what a verb does, define its method in a subclass.
+
+    A method takes the verb's argument, without the spaces around it, and returns a Reply, or
+    raises Refused or Disconnect. One that refuses a recipient, one that is slow, and one that
+    drops the connection:
+
+    >>> class Grumpy(Session):
+    ...     def do_RCPT(self, argument):
+    ...         if "nobody@" in argument:
+    ...             return Reply(550, "5.1.1", "No such user here")
+    ...         return super().do_RCPT(argument)
+    ...     def do_NOOP(self, argument):
+    ...         time.sleep(0.01)
+    ...         return super().do_NOOP(argument)
+    ...     def do_VRFY(self, argument):
+    ...         raise Disconnect()
+    >>> import smtplib
+    >>> with Server(deliver=print, session=Grumpy) as server:
+    ...     client = smtplib.SMTP(server.host, server.port)
+    ...     _ = client.ehlo(), client.mail("a@example.org")
+    ...     print(client.rcpt("nobody@example.org"), client.noop()[0])
+    ...     try:
+    ...         _ = client.verify("a")
+    ...     except smtplib.SMTPServerDisconnected:
+    ...         print("dropped")
+    (550, b'5.1.1 No such user here') 250
+    dropped
+
+    number: of this session in its server, from 1. peer: the client's Peer. helo: the name it
+    gave, "" before that. user: as whom it authenticated, or None. mail: the Mail in transaction,
+    None outside of MAIL to the end of DATA. Each session has a thread of its own.
+    """
+
+    def __init__(self, wire: Wire, settings: Settings, authenticator: Optional[Authenticator],
+                 log: Log, number: int = 1, peer: Peer = Peer(None, None)) -> None:
+        self.number, self.peer = number, peer
+        self.helo = ""
+        self.user: Optional[str] = None
+        self.mail: Optional[Mail] = None
+        self._wire, self._settings, self._authenticator = wire, settings, authenticator
+        self._log, self._debugging = log, log.isEnabledFor(10)
+        self._tls = False           # inside TLS
+        self._extended = False      # EHLO was said, not only HELO
+        self._room = 0              # bytes that further recipients of the transaction may have
+        self._first_line = True     # none was read so far
+        self._bare_lf = True        # each of them ended in LF without CR
+        self._errors = 0            # protocol errors
+        self._failures = 0          # of AUTH
+        self._undelivered = False   # at least one mail
+
+    def run(self) -> bool:
+        """Serve the client to the end; raise nothing.
+
+        Returns whether all went well: no 421, no transaction cut off, each mail delivered.
+        """
+        reply: Optional[Reply] = None
+        linger = 0.0
+        self._info("connect from %s", self.peer)
+        try:
+            self._converse()
+        except Disconnect as end:
+            reason, reply = end.reason or "by the server", end.reply
+            linger = 1.0 if reply and reply.code != 221 else 0.0
+        except Gone:
+            reason = "the client left" + (" in mid-transaction" if self.mail else "")
+        except Silent:
+            reason, reply = "the client was silent", Reply(421, "4.4.2", "Waited for too long")
+        except Stopping:
+            reason, reply = "the server stops", Reply(421, "4.3.2", "Shutting down")
+        except TLSHello:
+            reason = "the client spoke TLS to a plain port"
+        except (Exception, SystemExit):
+            self._log.error("session %d: internal error", self.number, exc_info=True)
+            reason, reply = "internal error", Reply(421, "4.3.0", "Internal error")
+        clean = not (self.mail or self._undelivered or reply and reply.code == 421)
+        self._info("closed: %s", reason)
+        self._wire.close(bytes(reply) if reply else b"", linger)
+        return clean
+
+    # The dialogue
+
+    def _converse(self) -> NoReturn:
+        """Greet, and answer line by line until an exception ends the session."""
+        if self._settings.tls and not self._settings.starttls:
+            self._start_tls()
+        self._write(Reply(220, "", "localhost ESMTP msmtpd"))
+        while True:
+            reply = self._answer()
+            if reply is None:
+                continue
+            self._errors += reply.is_protocol_error
+            if self._errors >= MAX_ERRORS:
+                raise Disconnect(Reply(421, "4.7.0", "Too many errors"), "too many errors")
+            self._write(reply)
+
+    def _answer(self) -> Optional[Reply]:
+        """Read one command and return what it is answered, None for nothing more."""
+        try:
+            verb, argument = self._read_command()
+            method = self.VERBS.get(verb)
+            if method is None:
+                raise Refused(Reply(500, "5.5.1", "Unknown command"))
+            reply: Optional[Reply] = getattr(self, method)(argument)
+            return reply
+        except Refused as refusal:
+            return refusal.reply
+
+    def _read_command(self) -> Tuple[str, str]:
+        """Return the next command's verb, in upper case, and its argument."""
+        line = self._read_line()
+        if len(line) > MAX_LINE and line[:5].upper() != b"AUTH ":
+            raise Refused(Reply(500, "5.5.2", "Line too long"))
+        try:
+            text = without_end(line).decode()
+        except UnicodeDecodeError:
+            raise Refused(Reply(500, "5.5.2", "Not UTF-8")) from None
+        if not text.isprintable() and any(c < " " or c == "\x7f" for c in text):
+            raise Refused(Reply(500, "5.5.2", "Control character"))
+        verb, argument = split_verb(text)
+        if self._debugging:
+            # Only what cannot be a password, as the lines after an AUTH that was refused may be.
+            shown = verb if verb in self.VERBS else "(unknown)"
+            if verb in ("EHLO", "HELO", "MAIL", "RCPT"):
+                shown += " " + argument
+            self._debug("C: %s", _shown(shown))
+        return verb, argument
+
+    def _read_line(self) -> bytes:
+        """Return the next line with its end, unless it comes from a web browser."""
+        first, self._first_line = self._first_line, False
+        try:
+            line = self._wire.read_line(MAX_AUTH_LINE)
+        except LineTooLong as error:
+            self._bare_lf = False
+            self._refuse_http(error.start, first)
+            if error.endless:
+                raise Disconnect(Reply(421, "4.5.2", "Line without an end"), "endless line") from None
+            raise Refused(Reply(500, "5.5.2", "Line too long")) from None
+        self._bare_lf = self._bare_lf and not line.endswith(b"\r\n")
+        self._refuse_http(line, first)
+        return line
+
+    def _refuse_http(self, line: bytes, first: bool) -> None:
+        """End the session where a web page speaks: behind its request could stand a mail."""
+        text = without_end(line).decode("latin-1")
+        if is_http(text) or first and is_header(text):
+            raise Disconnect(Reply(421, "4.7.0", "This is no web server"), "the client spoke HTTP")
+
+    def _write(self, reply: Reply) -> None:
+        if self._debugging:
+            for line in bytes(reply).decode().splitlines():
+                self._debug("S: %s", line)
+        self._wire.write(bytes(reply))
+
+    def _info(self, message: str, *values: object) -> None:
+        self._log.info("session %d: " + message, self.number, *values)
+
+    def _debug(self, message: str, *values: object) -> None:
+        self._log.debug("session %d: " + message, self.number, *values)
+
+    def _error(self, message: str, *values: object, exc_info: bool = False) -> None:
+        self._log.error("session %d: " + message, self.number, *values, exc_info=exc_info)
+
+    # The verbs, in the order of a session
+
+    def do_EHLO(self, argument: str) -> Optional[Reply]:
+        """Greet the client and tell it the extensions: RFC 5321 4.1.1.1."""
+        extensions = ["PIPELINING", "SIZE %d" % self._settings.max_size, "8BITMIME", "SMTPUTF8",
+                      "ENHANCEDSTATUSCODES"]
+        if self._authenticator and (self._tls or not self._settings.tls):
+            extensions.append("AUTH PLAIN LOGIN")
+        if self._settings.tls and not self._tls:
+            extensions.append("STARTTLS")
+        self._extended = True
+        self.helo, self.mail = shown_name(argument), None
+        return Reply(250, "", "localhost", *extensions)
+
+    def do_HELO(self, argument: str) -> Optional[Reply]:
+        """Greet the client: RFC 5321 4.1.1.1."""
+        self.helo, self.mail = shown_name(argument), None
+        return Reply(250, "", "localhost")
+
+    def do_STARTTLS(self, argument: str) -> Optional[Reply]:
+        """Go on within TLS, as if the session had just begun: RFC 3207."""
+        if not self._settings.tls:
+            raise Refused(Reply(502, "5.5.1", "STARTTLS is not offered"))
+        self._require(not self._tls, "TLS is there already")
+        if argument:
+            raise Refused(Reply(501, "5.5.4", "STARTTLS takes no argument"))
+        self._write(Reply(220, "2.0.0", "Go ahead"))
+        self._start_tls()
+        return None
+
+    def do_AUTH(self, argument: str) -> Optional[Reply]:
+        """Authenticate the client by PLAIN or LOGIN: RFC 4954."""
+        if not self._authenticator:
+            raise Refused(Reply(502, "5.5.1", "AUTH is not offered"))
+        if self._settings.tls and not self._tls:
+            raise Refused(Reply(538, "5.7.11", "Say STARTTLS first"))
+        self._require(self._extended, "Say EHLO first")
+        self._require(self.user is None, "Authenticated already")
+        self._require(self.mail is None, "Not in a transaction")
+        mechanism, _, response = argument.partition(" ")
+        if mechanism.upper() == "PLAIN":
+            user, password = self._ask_plain(response.strip(" "))
+        elif mechanism.upper() == "LOGIN":
+            user, password = self._ask_login(response.strip(" "))
+        else:
+            raise Refused(Reply(504, "5.5.4", "Mechanisms are PLAIN and LOGIN"))
+        return self._authenticate(user, password)
+
+    def do_MAIL(self, argument: str) -> Optional[Reply]:
+        """Begin a transaction: RFC 5321 4.1.1.2."""
+        self._require(self.helo, "Say EHLO first")
+        self._require(self.mail is None, "In a transaction already")
+        if self._authenticator and self.user is None:
+            raise Refused(Reply(530, "5.7.0", "Authentication required"))
+        sender, parameters = self._parse_envelope(
+            argument, "FROM", "5.1.7", ("SIZE", "BODY", "SMTPUTF8", "AUTH", "RET", "ENVID"))
+        size, body = parameters.get("SIZE", "0"), parameters.get("BODY", "7BIT")
+        if (not re.fullmatch(r"[0-9]{1,20}", size) or body.upper() not in ("7BIT", "8BITMIME")
+                or parameters.get("SMTPUTF8")):
+            raise Refused(Reply(501, "5.5.4", "Bad value of SIZE, BODY or SMTPUTF8"))
+        if 0 < self._settings.max_size < int(size):
+            raise Refused(self._too_big())
+        mail = Mail(sender, peer=self.peer, helo=self.helo, user=self.user, tls=self._tls,
+                    smtputf8="SMTPUTF8" in parameters)
+        self._check(sender, mail, "1.7")
+        self.mail, self._room = mail, MAX_RECIPIENT_BYTES
+        return Reply(250, "2.1.0", "Sender accepted")
+
+    def do_RCPT(self, argument: str) -> Optional[Reply]:
+        """Add a recipient: RFC 5321 4.1.1.3."""
+        mail = self._transaction()
+        recipient, _ = self._parse_envelope(argument, "TO", "5.1.3", ("NOTIFY", "ORCPT"))
+        if not recipient:
+            raise Refused(Reply(501, "5.1.3", "<> is no recipient"))
+        size = len(recipient.encode())
+        if len(mail.recipients) >= MAX_RECIPIENTS or size > self._room:
+            raise Refused(Reply(452, "4.5.3", "Too many recipients; send the rest separately"))
+        self._check(recipient, mail, "1.3")
+        mail.recipients.append(recipient)
+        self._room -= size
+        return Reply(250, "2.1.5", "Recipient accepted")
+
+    def do_DATA(self, argument: str) -> Optional[Reply]:
+        """Take the mail data, and deliver: RFC 5321 4.1.1.4."""
+        mail = self._transaction()
+        self._require(mail.recipients, "Recipients first")
+        if argument:
+            raise Refused(Reply(501, "5.5.4", "DATA takes no argument"))
+        self._write(Reply(354, "", "Send the mail, then a line with only a dot"))
+        problem = self._receive(mail)
+        self.mail = None
+        started = time.monotonic()
+        reply = problem or self._deliver(mail)
+        self._log_mail(mail, reply, time.monotonic() - started)
+        return reply
+
+    def do_BDAT(self, argument: str) -> Optional[Reply]:
+        """End the session, before the data that follows is taken for commands: RFC 3030."""
+        raise Disconnect(Reply(503, "5.5.1", "BDAT is not offered"), "BDAT")
+
+    def do_RSET(self, argument: str) -> Optional[Reply]:
+        """Give up the transaction: RFC 5321 4.1.1.5."""
+        self.mail = None
+        return Reply(250, "2.0.0", "Reset")
+
+    def do_VRFY(self, argument: str) -> Optional[Reply]:
+        """Promise nothing: RFC 5321 4.1.1.6, 7.3."""
+        return Reply(252, "2.0.0", "Cannot verify, but will try to deliver")
+
+    def do_EXPN(self, argument: str) -> Optional[Reply]:
+        """Refuse: RFC 5321 4.1.1.7, 7.3."""
+        raise Refused(Reply(502, "5.5.1", "There are no mailing lists"))
+
+    def do_HELP(self, argument: str) -> Optional[Reply]:
+        """List the verbs: RFC 5321 4.1.1.8."""
+        return Reply(214, "2.0.0", "Verbs: " + " ".join(self.VERBS))
+
+    def do_NOOP(self, argument: str) -> Optional[Reply]:
+        """Do nothing: RFC 5321 4.1.1.9."""
+        return Reply(250, "2.0.0", "Here")
+
+    def do_QUIT(self, argument: str) -> Optional[Reply]:
+        """End the session: RFC 5321 4.1.1.10."""
+        raise Disconnect(Reply(221, "2.0.0", "Goodbye"), "QUIT")
+
+    VERBS: Dict[str, str] = {
+        "EHLO": "do_EHLO", "HELO": "do_HELO", "STARTTLS": "do_STARTTLS", "AUTH": "do_AUTH",
+        "MAIL": "do_MAIL", "RCPT": "do_RCPT", "DATA": "do_DATA", "BDAT": "do_BDAT",
+        "RSET": "do_RSET", "VRFY": "do_VRFY", "EXPN": "do_EXPN", "HELP": "do_HELP",
+        "NOOP": "do_NOOP", "QUIT": "do_QUIT",
+    }
+
+    # What the verbs share
+
+    def _require(self, condition: object, text: str) -> None:
+        """Refuse a verb out of order: RFC 5321 4.1.4."""
+        if not condition:
+            raise Refused(Reply(503, "5.5.1", text))
+
+    def _transaction(self) -> Mail:
+        """The mail in transaction. Raises Refused where there is none."""
+        if self.mail is None:
+            raise Refused(Reply(503, "5.5.1", "Say MAIL first"))
+        return self.mail
+
+    def _too_big(self) -> Reply:
+        return Reply(552, "5.3.4", "Mail exceeds %d bytes" % self._settings.max_size)
+
+    def _parse_envelope(self, argument: str, keyword: str, detail: str,
+                        known: Sequence[str]) -> Tuple[str, Dict[str, str]]:
+        """Read the argument of MAIL or RCPT; return the address and the parameters."""
+        parsed = parse_path(argument, keyword)
+        if parsed is None:
+            raise Refused(Reply(501, "5.5.2", "Syntax is %s:<address>" % keyword))
+        address, rest = parsed
+        if address is None:
+            raise Refused(Reply(501, detail, "Bad address syntax"))
+        parameters = parse_parameters(rest)
+        if parameters is None:
+            raise Refused(Reply(501, "5.5.4", "Bad parameter syntax"))
+        if not parameters.keys() <= set(known):
+            raise Refused(Reply(555, "5.5.4", "Unknown parameter"))
+        return address, parameters
+
+    def _check(self, address: str, mail: Mail, detail: str) -> None:
+        """Refuse an address that is not in order, or not to the liking of `check`."""
+        if not (address.isascii() or mail.smtputf8):
+            raise Refused(Reply(553, "5.6.7", "Address needs SMTPUTF8"))
+        if self._settings.check is None:
+            return
+        try:
+            self._settings.check(address, mail)
+        except _Failure as failure:
+            raise Refused(failure.reply(553, detail, "Address refused")) from None
+        except (Exception, SystemExit):
+            self._error("check raised", exc_info=True)
+            raise Refused(Reply(451, "4.3.0", "Internal error")) from None
+
+    def _start_tls(self) -> None:
+        """Begin the session afresh within TLS: RFC 3207 4.2."""
+        assert self._settings.tls is not None
+        self._wire.flush()
+        wire = TLSWire(self._wire, self._settings.tls)
+        try:
+            version = wire.handshake()
+        except OSError as error:            # ssl.SSLError is one
+            raise Disconnect(None, "TLS handshake failed: %s" % error) from None
+        self._info("%s", version)
+        self._wire, self._tls = wire, True
+        self.helo, self.mail, self._extended = "", None, False
+
+    # Authentication
+
+    def _ask_plain(self, response: str) -> Tuple[str, str]:
+        """User and password by the mechanism PLAIN: RFC 4616."""
+        parsed = parse_plain(self._response(response) if response else self._ask(b""))
+        if parsed is None:
+            raise Refused(Reply(501, "5.5.2", "Bad response"))
+        return parsed
+
+    def _ask_login(self, response: str) -> Tuple[str, str]:
+        """User and password by the mechanism LOGIN, whose prompts some clients compare."""
+        user = self._response(response) if response else self._ask(b"Username:")
+        password = self._ask(b"Password:")
+        try:
+            return user.decode(), password.decode()
+        except UnicodeDecodeError:
+            raise Refused(Reply(501, "5.5.2", "Not UTF-8")) from None
+
+    def _ask(self, challenge: bytes) -> bytes:
+        """Send a challenge and return the client's response, both without their base64."""
+        self._write(Reply(334, "", base64.b64encode(challenge).decode()))
+        response = without_end(self._read_line()).decode("latin-1")
+        self._debug("C: (hidden)")
+        if response == "*":
+            raise Refused(Reply(501, "5.5.2", "Cancelled"))
+        return self._response(response)
+
+    def _response(self, text: str) -> bytes:
+        """A response without its base64; "=" is an empty one (RFC 4954 section 4)."""
+        response = decode_base64(b"" if text == "=" else text.encode())
+        if response is None:
+            raise Refused(Reply(501, "5.5.2", "Bad base64"))
+        return response
+
+    def _authenticate(self, user: str, password: str) -> Reply:
+        assert self._authenticator is not None
+        self._wire.flush()
+        try:
+            accepted = self._authenticator.verify(user, password)
+        except (Exception, SystemExit) as error:
+            # Its text might hold the password, and so might a traceback's.
+            self._error("authenticate raised %s", type(error).__name__)
+            return Reply(454, "4.7.0", "Cannot authenticate now")
+        if accepted:
+            self.user = user
+            self._info("authenticated as %s", _shown(user))
+            return Reply(235, "2.7.0", "Authenticated")
+        self._failures += 1
+        self._info("authentication failed")
+        if self._failures >= MAX_AUTH_FAILURES:
+            raise Disconnect(Reply(421, "4.7.0", "Too many failures"), "too many failures")
+        return Reply(535, "5.7.8", "Wrong user name or password")
+
+    # Mail data
+
+    def _receive(self, mail: Mail) -> Optional[Reply]:
+        """Read the mail data to its end, whatever goes wrong; return the reply if anything did."""
+        # People at a terminal and printf | nc end their lines so; another server never does.
+        ends = (b"\r\n.\r\n", b"\r\n.\n", b"\n.\n") if self._bare_lf else (b"\r\n.\r\n",)
+        transparency, problem, received = Transparency(), None, 0
+        head = self._trace() if self._settings.received else b""
+        for piece in self._wire.read_body(ends):
+            received += len(piece)
+            if problem:
+                continue
+            if 0 < self._settings.max_size < received:
+                problem = self._too_big()
+                mail.spool.close()
+                continue
+            lines = transparency.decode(piece)
+            if head and lines:
+                # A mail that begins with a blank would continue the field.
+                lines = head + (b"\n" if lines[:1] in (b" ", b"\t") else b"") + lines
+                head = b""
+            problem = self._spool(mail, lines)
+        return problem or self._spool(mail, head)
+
+    def _spool(self, mail: Mail, data: bytes) -> Optional[Reply]:
+        """Keep `data`; return the reply where that fails."""
+        try:
+            mail.spool.write(data)
+            return None
+        except (OSError, MemoryError) as error:
+            self._error("cannot spool: %s", error or type(error).__name__)
+            mail.spool.close()
+            return Reply(452, "4.3.1", "No room for the mail now")
+
+    def _trace(self) -> bytes:
+        """The Received line, its protocol as RFC 3848 and RFC 6531 4.3 name it."""
+        assert self.mail is not None
+        protocol = "UTF8SMTP" if self.mail.smtputf8 else "ESMTP" if self._extended else "SMTP"
+        protocol += ("S" if self._tls else "") + ("A" if self.user is not None else "")
+        return received_line(self.helo, self.peer, protocol, time.time())
+
+    def _deliver(self, mail: Mail) -> Reply:
+        """Call `deliver`; return what its end means to the client."""
+        self._wire.flush()
+        try:
+            self._settings.deliver(mail)
+            reply = Reply(250, "2.0.0", "Delivered")
+        except _Failure as failure:
+            for line in failure.details:
+                self._error("%s", _shown(line))
+            reply = failure.reply(554, "3.0", "Delivery failed")
+        except (Exception, SystemExit):
+            self._error("deliver raised", exc_info=True)
+            reply = Reply(451, "4.3.0", "Internal error")
+        if self._wire.has_left():
+            self._info("the client left before the reply")
+        return reply
+
+    def _log_mail(self, mail: Mail, reply: Reply, seconds: float) -> None:
+        """Say in one line what became of the mail."""
+        self._undelivered = self._undelivered or reply.code != 250
+        status = {2: "sent", 4: "deferred"}.get(reply.code // 100, "failed")
+        outcome = " " + mail.outcome if mail.outcome else ""
+        self._info("mail from=<%s> to=%s size=%d status=%s%s seconds=%.3f", _shown(mail.sender),
+                   ",".join("<%s>" % _shown(r) for r in mail.recipients), mail.size, status,
+                   outcome, seconds)
+
+
+# ---------------------------------------------------------------------------------------------
+# Authentication
+# ---------------------------------------------------------------------------------------------
+
+class Authenticator:
+    """The password check, with a memory of failures that makes guessing slow for all sessions."""
+
+    def __init__(self, authenticate: Authenticate, always_late: bool = False) -> None:
+        self._authenticate, self._always_late = authenticate, always_late
+        self._late_until = float("-inf")    # one assignment, which needs no lock
+
+    def verify(self, user: str, password: str) -> bool:
+        """Whether that is right; takes AUTH_DELAY seconds if not, or after a recent failure.
+
+        Raises what `authenticate` raises, as late.
+        """
+        accepted = False
+        try:
+            accepted = bool(self._authenticate(user, password))
+        finally:
+            # Remembered before the delay, so that no guess beside this one is answered sooner.
+            if not accepted:
+                self._late_until = time.monotonic() + AUTH_MEMORY
+            if self._always_late or time.monotonic() < self._late_until:
+                time.sleep(AUTH_DELAY)
+        return accepted
+
+
+def one_user(user: str, password: str) -> Authenticate:
+    """An `authenticate` that accepts one user, comparing in constant time."""
+    import hmac
+    right_user, right_password = user.encode(), password.encode()
+
+    def authenticate(user: str, password: str) -> bool:
+        same_user = hmac.compare_digest(user.encode(), right_user)
+        return hmac.compare_digest(password.encode(), right_password) and same_user
+    return authenticate
+
+
+# ---------------------------------------------------------------------------------------------
+# Delivery: one command, run for each mail
+# ---------------------------------------------------------------------------------------------
+
+EXIT_REPLIES: Dict[int, Tuple[int, str]] = {    # any other status is 554 5.3.0; see sysexits.h
+    65: (554, "5.6.0"),     # EX_DATAERR
+    67: (554, "5.1.1"),     # EX_NOUSER
+    68: (451, "4.3.0"),     # EX_NOHOST
+    69: (451, "4.3.0"),     # EX_UNAVAILABLE
+    71: (451, "4.3.0"),     # EX_OSERR
+    75: (451, "4.3.0"),     # EX_TEMPFAIL
+    77: (554, "5.7.0"),     # EX_NOPERM
+    78: (554, "5.3.5"),     # EX_CONFIG
+    126: (451, "4.3.5"),    # not executable
+    127: (451, "4.3.5"),    # not found
+}
+
+# Programs that hand their arguments to a shell, or read them as one would.
+SHELLS = frozenset("""
+    ash autossh bash busybox csh dash dbclient doas elvish eval expect fish flock ksh lksh make mksh
+    mosh nu oksh parallel pdksh plink posh pwsh rbash remsh rlogin rsh runuser screen script sg sh
+    slogin ssh su sudo systemd-run tclsh tcsh tmux toybox watch xargs xonsh yash zsh
+""".split())
+
+# What a shell takes as it stands, and what is special to it anywhere else.
+_QUOTED = re.compile(r"""'[^']*'|"(?:[^"\\$`]|\\["\\])*"|\\.""")
+_SPECIAL = frozenset("|&;<>()$`\\\"'*?[]{}~#!^")
+
+
+class Command:
+    """The `deliver` that pipes each mail to a command line of /bin/sh.
+
+    text: the command line. The first ``%F`` in it becomes the sender (MAILER-DAEMON for <>), and
+    the recipients are appended as arguments. timeout: seconds that it may take. stdout: a
+    descriptor for its standard output, None for one's own. Raises ValueError for a command line
+    that cannot work, and where there are no POSIX processes. warnings: what may be wrong with it.
+
+    Where the words need no shell the program is started directly, otherwise by ``sh -c``, of
+    whose text the recipients are no part.
+    """
+
+    def __init__(self, text: str = "msmtp -f %F --", *, timeout: float = DELIVERY_TIMEOUT,
+                 stdout: Optional[int] = None) -> None:
+        import threading
+        if os.name != "posix":
+            raise ValueError("a command needs a POSIX system; give Server a function instead")
+        self.text, self._timeout, self._stdout = text, timeout, stdout
+        self.warnings: List[str] = []
+        self._lock = threading.Lock()
+        self._runs: Set[_Run] = set()
+        self._program, self._words = self._parse()
+        self._reparsed = self._find_reparser()
+
+    def check(self, address: str, mail: object = None) -> None:
+        """Raise PermanentFailure where anything on its way could read `address` as code."""
+        if address.startswith("-"):
+            raise PermanentFailure("Address begins with a hyphen", 553)
+        if self._reparsed and not is_inert(address):
+            raise PermanentFailure("Address not safe here: " + self._reparsed, 553)
+
+    def __call__(self, mail: Mail) -> None:
+        """Run the command on `mail`. Raises TemporaryFailure and PermanentFailure."""
+        for address in (mail.sender, *mail.recipients):
+            self.check(address)
+        try:
+            run = _Run(self._program, self._arguments(mail), mail, self._stdout)
+        except (OSError, ValueError, MemoryError) as error:
+            missing = isinstance(error, (FileNotFoundError, PermissionError, NotADirectoryError))
+            raise TemporaryFailure("Cannot start the command: %s" % error, 451,
+                                   "4.3.5" if missing else "4.3.0", [str(error)]) from None
+        with self._lock:
+            self._runs.add(run)
+        try:
+            run.finish(self._timeout)
+        finally:
+            with self._lock:
+                self._runs.discard(run)
+        mail.outcome = "exit=" + run.outcome
+        self._judge(run)
+
+    def abandon(self) -> None:
+        """Send SIGTERM to all commands that run now."""
+        import signal
+        for run in list(self._runs):
+            run.kill(signal.SIGTERM)
+
+    def _parse(self) -> Tuple[str, Optional[List[str]]]:
+        """Return the program to start, and the words to start it with, None for a shell's."""
+        if not self.text.strip():
+            raise ValueError("the command is empty")
+        if "\n" in self.text or "\0" in self.text:
+            raise ValueError("the command holds a line break or NUL; it has to be one line")
+        bare = _QUOTED.sub("x", self.text)
+        if bare.rstrip()[-1] in ";&|<>":
+            raise ValueError("the command ends in %s, which would make a command or a file of "
+                             "the recipients; end it in --" % bare.rstrip()[-1])
+        if re.search(r"(?:^|[\s;&|()])#", bare):
+            self.warnings.append("the command has a comment, which swallows the recipients")
+        if not _SPECIAL.intersection(bare) and bare.replace("\t", " ").isprintable():
+            words = shlex_split(self.text)
+            program = find_program(words[0])
+            if program and not re.match(r"[A-Za-z_][0-9A-Za-z_]*=", words[0]):
+                return program, words
+        self._ask_shell()
+        return "/bin/sh", None
+
+    def _ask_shell(self) -> None:
+        """Raise ValueError where the shell cannot read the command; warn where it is missing."""
+        import subprocess
+
+        def ask(*arguments: str) -> Tuple[int, str]:
+            done = subprocess.run(("/bin/sh", *arguments), stdin=subprocess.DEVNULL,
+                                  stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, check=False)
+            return done.returncode, done.stderr.decode("utf-8", "replace").strip()
+        status, errors = ask("-n", "-c", self.text + ' "$@"')
+        if status:
+            raise ValueError("the shell cannot read the command: " + errors)
+        word = re.match(r"\s*([\w./+-]+)(?:\s|$)", self.text)
+        if word and ask("-c", 'command -v -- "$1"', "sh", word.group(1))[0]:
+            self.warnings.append("cannot find the program %s; each mail will be deferred until "
+                                 "it is there" % word.group(1))
+
+    def _find_reparser(self) -> str:
+        """What might read a sender or recipient as code; "" where nothing does."""
+        if self._words is None:
+            return "the command needs a shell"
+        for word in self._words:
+            tail = word.startswith("-") and word.find("%F") == len(word) - 2
+            if "%F" in word and word != "%F" and not tail:
+                return "%F is inside of a word of the command"
+            for part in word.split():
+                name = re.split("[/=]", part)[-1].rstrip("0123456789.-")
+                if name in SHELLS:
+                    return "%s may hand it to a shell" % name
+        return ""
+
+    def _arguments(self, mail: Mail) -> List[str]:
+        """The arguments to start the program with, its own name first."""
+        sender = mail.sender or "MAILER-DAEMON"
+        if self._words is None:
+            text = self.text.replace("%F", sender, 1) + ' "$@"'
+            return ["sh", "-c", text, "msmtpd", *mail.recipients]
+        words = list(self._words)
+        for number, word in enumerate(words):
+            if "%F" in word:
+                words[number] = word.replace("%F", sender, 1)
+                break
+        return words + mail.recipients
+
+    def _judge(self, run: _Run) -> None:
+        """Raise what the end of the command means, if not success."""
+        status = run.status
+        if status == 0 and not run.timed_out:
+            return
+        killed = status is None or status < 0 or self._words is None and status > 128
+        if run.timed_out or killed:
+            code, enhanced = 451, "4.3.0"
+        else:
+            code, enhanced = EXIT_REPLIES.get(status or 0, (554, "5.3.0"))
+        lines = [line.strip() for line in run.errors.decode("utf-8", "replace").splitlines()]
+        lines = [line for line in lines if line]
+        why = "Command failed (exit %s)" % run.outcome
+        text = _plain("; ".join(lines))[:MAX_ERROR_TEXT]
+        failure = TemporaryFailure if code < 500 else PermanentFailure
+        raise failure(why + (": " + text if text else ""), code, enhanced, lines)
+
+
+class _Run:
+    """One run of the command, in a session, and so a process group, of its own.
+
+    status: as subprocess has it, None where it was lost. timed_out: whether it was ended.
+    errors: the head of its standard error.
+    """
+
+    def __init__(self, program: str, arguments: List[str], mail: Mail,
+                 stdout: Optional[int]) -> None:
+        import threading
+        self.status: Optional[int] = None
+        self.timed_out = False
+        self.errors = b""
+        self._ended = False
+        self._lock = threading.Lock()       # so that no signal goes to a process that was reaped
+        self._pause = 0.0005                # between looks at a process that cannot be polled
+        stdin, self._feed, self._rest = _open_input(mail)
+        try:
+            self._process = _start(program, arguments, stdin, stdout)
+        except BaseException:
+            self._stop_feeding()
+            raise
+        finally:
+            os.close(stdin)
+        assert self._process.stderr is not None
+        self._stderr: Optional[int] = self._process.stderr.fileno()
+        os.set_blocking(self._stderr, False)
+        try:
+            self._pidfd: Optional[int] = os.pidfd_open(self._process.pid)
+        except (AttributeError, OSError):   # Linux with Python 3.9, and where it is not forbidden
+            self._pidfd = None
+
+    @property
+    def outcome(self) -> str:
+        """How it ended, for the log: the exit status, "signal N" or "timeout"."""
+        if self.timed_out:
+            return "timeout"
+        if self.status is None:
+            return "lost"
+        return str(self.status) if self.status >= 0 else "signal %d" % -self.status
+
+    def finish(self, seconds: float) -> None:
+        """Feed the command and wait for its end, which after `seconds` is brought about."""
+        import signal
+        deadline, signals = time.monotonic() + seconds, [signal.SIGTERM, signal.SIGKILL]
+        try:
+            while not self._ended:
+                now = time.monotonic()
+                if now >= deadline:
+                    self.timed_out = True
+                    self.kill(signals.pop(0))
+                    deadline = now + KILL_DELAY if signals else float("inf")
+                self._work(min(deadline - now, 3600.0))
+        except BaseException:
+            self.kill(signal.SIGKILL)
+            raise
+        finally:
+            self._close()
+
+    def _work(self, seconds: float) -> None:
+        """Do what is to be done next, or wait for it for at most `seconds`."""
+        if self._pidfd is None:
+            seconds = min(seconds, self._pause)
+            self._pause = min(2 * self._pause, 0.05)
+        ready = _poll([fd for fd in (self._stderr, self._pidfd) if fd is not None],
+                      [] if self._feed is None else [self._feed], seconds)
+        if self._feed in ready:
+            self._feed_more()
+        if self._stderr in ready:
+            self._read_errors()
+        if self._pidfd is None or self._pidfd in ready:
+            self._reap()
+
+    def kill(self, number: int) -> None:
+        """Send a signal to the whole process group, unless the command has ended."""
+        with self._lock:
+            if not self._ended:
+                self._kill_group(number)
+
+    def _kill_group(self, number: int) -> None:
+        try:
+            os.killpg(self._process.pid, number)
+        except (ProcessLookupError, PermissionError):
+            pass
+
+    def _reap(self) -> None:
+        """Take the status of the command, if it has ended."""
+        import signal
+        with self._lock:
+            try:
+                pid, status = os.waitpid(self._process.pid, os.WNOHANG)
+            except ChildProcessError:
+                # Somebody in this process waits for all children, or ignores SIGCHLD.
+                # subprocess would take that for success.
+                pid, status, self._process.returncode = -1, 0, 0
+            if pid == 0:
+                return
+            self._ended = True
+            if pid > 0:
+                self.status = (-os.WTERMSIG(status) if os.WIFSIGNALED(status)
+                               else os.WEXITSTATUS(status))
+                self._process.returncode = self.status
+            if self.timed_out:
+                self._kill_group(signal.SIGKILL)    # those that the command left behind
+
+    def _feed_more(self) -> None:
+        """Write what the command's standard input takes of the mail."""
+        assert self._feed is not None
+        try:
+            self._rest = self._rest[os.write(self._feed, self._rest):]
+        except BlockingIOError:
+            return
+        except OSError:
+            self._rest = self._rest[:0]     # EPIPE: it reads no more, which is its own business
+        if not self._rest:
+            self._stop_feeding()
+
+    def _stop_feeding(self) -> None:
+        if self._feed is not None:
+            os.close(self._feed)
+            self._feed = None
+
+    def _read_errors(self) -> None:
+        """Read what the command has written to standard error, and keep the head of it."""
+        assert self._stderr is not None
+        try:
+            data = os.read(self._stderr, CHUNK)
+        except BlockingIOError:
+            return
+        self.errors += data[:MAX_ERROR_OUTPUT - len(self.errors)]
+        if not data:
+            self._stderr = None
+
+    def _close(self) -> None:
+        """Read the rest of the head, and give back all descriptors."""
+        while self._stderr is not None and len(self.errors) < MAX_ERROR_OUTPUT:
+            before = len(self.errors)
+            self._read_errors()
+            if len(self.errors) == before:
+                break
+        self._stop_feeding()
+        assert self._process.stderr is not None
+        self._process.stderr.close()
+        if self._pidfd is not None:
+            os.close(self._pidfd)
+
+
+def _open_input(mail: Mail) -> Tuple[int, Optional[int], memoryview]:
+    """A descriptor to read the mail from, and one, or None, to write the rest of it to."""
+    file = mail.file
+    if not mail.spool.in_memory:
+        return os.dup(file.fileno()), None, memoryview(b"")
+    rest = memoryview(file.read())
+    reader, writer = os.pipe()
+    try:
+        os.set_blocking(writer, False)
+        rest = rest[os.write(writer, rest):]    # all of it, mostly: no one need pump
+    except BlockingIOError:
+        pass
+    if rest:
+        return reader, writer, rest
+    os.close(writer)
+    return reader, None, rest
+
+
+def _start(program: str, arguments: List[str], stdin: int,
+           stdout: Optional[int]) -> subprocess.Popen[bytes]:
+    """Start a program with nothing but these descriptors and a pipe for its standard error."""
+    import errno
+    import subprocess
+
+    def start(program: str, arguments: List[str]) -> subprocess.Popen[bytes]:
+        return subprocess.Popen(arguments, executable=program, stdin=stdin, stdout=stdout,
+                                stderr=subprocess.PIPE, bufsize=0, start_new_session=True)
+    try:
+        return start(program, arguments)
+    except OSError as error:
+        if error.errno != errno.ENOEXEC:
+            raise
+    # A script without #! is the shell's, as execvp(3) has it.
+    return start("/bin/sh", ["sh", program, *arguments[1:]])
+
+
+def shlex_split(text: str) -> List[str]:
+    """The words of a command line without expansions, as a shell splits it."""
+    import shlex
+    return shlex.split(text)
+
+
+def find_program(name: str) -> Optional[str]:
+    """The path of a program, None where there is none that can be executed."""
+    places = [""] if "/" in name else os.get_exec_path()
+    for path in (os.path.join(place, name) for place in places):
+        if os.path.isfile(path) and os.access(path, os.X_OK):
+            return path
+    return None
+
+
+def smtpd_handler(process_message: Callable[..., Optional[str]], *,
+                  decode_data: bool = False) -> Deliver:
+    """The `deliver` that calls a `process_message` written for the removed module smtpd.
+
+    It is called as ``process_message(peer, mailfrom, rcpttos, data, mail_options=[...],
+    rcpt_options=[])`` with the data as bytes, its lines joined by LF; with `decode_data`, as
+    there, with a str and without the options. The reply that it may return, such as "550 No",
+    is what the client is told.
+    """
+    def deliver(mail: Mail) -> None:
+        data = mail.data[:-1]
+        if decode_data:
+            reply = process_message(mail.peer, mail.sender, mail.recipients, data.decode())
+        else:
+            reply = process_message(mail.peer, mail.sender, mail.recipients, data,
+                                    mail_options=["SMTPUTF8"] if mail.smtputf8 else [],
+                                    rcpt_options=[])
+        match = re.match(r"([45]\d\d)(?: +([45]\.\d+\.\d+))? *(.*)", reply or "")
+        if match:
+            failure = TemporaryFailure if match.group(1) < "5" else PermanentFailure
+            raise failure(match.group(3), int(match.group(1)), match.group(2))
+    return deliver
+
+
+# ---------------------------------------------------------------------------------------------
+# Serving
+# ---------------------------------------------------------------------------------------------
+
+class Server:
+    """An SMTP server on one or more sockets, with a thread for each session.
+
+    deliver: called with each Mail, from the thread of its session, so from several at a time; the
+    client hears 250 when it returns, and what a TemporaryFailure or PermanentFailure says when it
+    raises one. host: an IP address, or a sequence of them. port: 0 for a free one. sockets:
+    listening sockets to use instead of these.
+
+    authenticate: called with user and password, as str; True lets the client send, which without
+    it has to give neither. tls: an ssl.SSLContext for STARTTLS, or with starttls=False for TLS
+    from the first byte. check: called with each sender and recipient and the Mail so far; may
+    raise the two failures. session: the class of the sessions. received: whether mails get a
+    Received line. max_size: bytes of a mail, 0 for any number. max_sessions: served at a time.
+    timeout: seconds that a client may be silent. log: a logging.Logger, "msmtpd" if not given.
+
+    Once started, `host` and `port` are those of the first socket, `addresses` those of all. Raises OSError, also for a host
+    that is no IP address, where it cannot listen.
+    """
+
+    def __init__(self, deliver: Deliver, host: Union[str, Sequence[str]] = "127.0.0.1",
+                 port: int = 0, *, authenticate: Optional[Authenticate] = None,
+                 tls: Optional[ssl.SSLContext] = None, starttls: bool = True,
+                 check: Optional[Check] = None, session: Type[Session] = Session,
+                 received: bool = False, max_size: int = MAX_SIZE,
+                 max_sessions: int = MAX_SESSIONS, timeout: float = TIMEOUT,
+                 sockets: Sequence[socket.socket] = (), log: Optional[Log] = None) -> None:
+        import threading
+        self._hosts = [host] if isinstance(host, str) else list(dict.fromkeys(host))
+        self.host, self.port = self._hosts[0], port
+        self.addresses: List[Peer] = []
+        self.tls = tls
+        self._port, self._sockets = port, sockets
+        self._settings = Settings(deliver, check=check, tls=tls, starttls=starttls,
+                                  received=received, max_size=max_size, timeout=timeout)
+        self._authenticate = authenticate
+        self._session, self._max_sessions = session, max_sessions
+        self._log = _library_log() if log is None else log
+        self._authenticator: Optional[Authenticator] = None
+        self._numbers = itertools.count(1)
+        self._door = threading.Lock()       # held by the one thread that accepts
+        self._count = threading.Lock()      # guards what follows
+        self._threads: List[threading.Thread] = []
+        self._idle = 0                      # threads that are at the door
+        self._troubles: Set[str] = set()    # what fails now, and has been logged
+        self._listeners: List[socket.socket] = []
+        self._slots: Optional[Slots] = None
+        self._leave_at = 0.0
+
+    def __enter__(self) -> Server:
+        self.start()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.stop()
+
+    def start(self) -> None:
+        """Listen and serve, in threads of the server's own. Raises OSError, RuntimeError."""
+        if self._slots:
+            raise RuntimeError("the server has been started already")
+        import socket
+        self._listeners = list(self._sockets) or _listen(self._hosts, self._port)
+        for listener in self._listeners:
+            listener.setblocking(False)
+        self.addresses = [peer_of(listener.getsockname()) for listener in self._listeners]
+        if self.addresses[0].host:
+            self.host, self.port = self.addresses[0]
+        self._authenticator = self._authenticate and Authenticator(self._authenticate)
+        self._slots = Slots(*socket.socketpair())
+        try:
+            self._hire(self._slots)
+        except RuntimeError:
+            self.stop()
+            raise
+
+    def drain(self, grace: float, patience: float) -> None:
+        """Begin to stop, and return at once; a signal handler may call it.
+
+        Idle sessions end now, those that receive mail data in `grace` seconds; a `deliver` that
+        still runs `patience` seconds later is left behind.
+        """
+        if self._slots:
+            self._leave_at = time.monotonic() + grace + patience
+            self._slots.drain(grace)
+
+    def stop(self, grace: float = 1.0, patience: float = 0.5) -> None:
+        """Stop listening, end the sessions as `drain` says, and wait for that. Never hangs.
+
+        A `deliver` that does not return in time is logged, and its thread left behind; a
+        `deliver` that calls this is not waited for.
+        """
+        if self._slots and self._slots.drain_until is None:
+            self.drain(grace, patience)
+        self._finish()
+
+    def serve_forever(self, stopping: Callable[[], object] = lambda: None) -> None:
+        """Serve, having started where needed, until `stop` or `drain` is called, and has ended.
+
+        `stopping` is called when the end begins.
+        """
+        if not self._slots:
+            self.start()
+        slots = self._slots
+        while slots and slots.drain_until is None:
+            _poll((slots.descriptor,), (), None)
+        stopping()
+        self._finish()
+
+    def serve_descriptors(self, source: int = 0, sink: int = 1) -> bool:
+        """Serve one client on two descriptors, in this thread, as inetd wants it.
+
+        Returns whether all went well: no 421, no transaction cut off, each mail delivered.
+        """
+        reader, writer = os.pipe()
+        self._slots = slots = Slots(io.FileIO(reader), io.FileIO(writer, "w"))
+        wire = Wire.of_descriptors(source, sink, slots, self._settings.timeout)
+        # No memory of failures outlives this process.
+        authenticator = self._authenticate and Authenticator(self._authenticate, always_late=True)
+        return self._session(wire, self._settings, authenticator, self._log, 1,
+                             _peer_behind(source)).run()
+
+    def _finish(self) -> None:
+        """Wait for the threads, as long as `drain` said, and give back what they used."""
+        import threading
+        slots = self._slots
+        if not slots:
+            return
+        with self._door:        # who stood there has left
+            for listener in self._listeners:
+                listener.close()
+        for thread in list(self._threads):
+            if thread is threading.current_thread():
+                continue
+            thread.join(max(0.0, self._leave_at - time.monotonic()))
+            if thread.is_alive():
+                self._log.error("left behind: %s, whose deliver does not return", thread.name)
+        with self._count:
+            if self._slots is slots:
+                self._slots, self._threads, self._idle = None, [], 0
+
+    def _hire(self, slots: Slots) -> None:
+        """Start one more thread. Raises RuntimeError where there is none to be had."""
+        import threading
+        thread = threading.Thread(target=self._work, args=(slots,), daemon=True,
+                                  name="msmtpd-%d" % (len(self._threads) + 1))
+        thread.start()
+        self._threads.append(thread)
+        self._idle += 1
+
+    def _work(self, slots: Slots) -> None:
+        """What each thread does: take turns at the door, and serve whom one let in.
+
+        So an accepted client needs no hand-over to another thread, and one that finds nobody at
+        the door waits in the listen queue.
+        """
+        while True:
+            with self._door:
+                accepted = self._accept(slots)
+            if accepted is None:
+                return
+            client, name = accepted
+            try:
+                self._serve(client, name, slots)
+            except (Exception, SystemExit):
+                self._log.error("session ended by an error", exc_info=True)
+            finally:
+                client.close()
+                with self._count:
+                    self._idle += 1
+                    slots.full = False
+
+    def _accept(self, slots: Slots) -> Optional[Tuple[socket.socket, object]]:
+        """Return the next client and its address, None when the server stops."""
+        pause = 0.1
+        listeners = {listener.fileno(): listener for listener in self._listeners}
+        while True:
+            ready = _poll((slots.descriptor, *listeners), (), None)
+            if slots.drain_until is not None:
+                return None
+            for listener in (listeners[descriptor] for descriptor in ready):
+                try:
+                    accepted = listener.accept()
+                except (BlockingIOError, ConnectionAbortedError, InterruptedError):
+                    continue
+                except OSError as error:    # of descriptors or memory, which passes
+                    self._trouble("cannot accept", error)
+                    _poll((slots.descriptor,), (), pause)
+                    pause = min(2 * pause, 1.0)
+                    continue
+                self._troubles.discard("cannot accept")
+                self._leave_door(slots)
+                return accepted
+
+    def _leave_door(self, slots: Slots) -> None:
+        """See that somebody stays behind, if there may be one more thread."""
+        with self._count:
+            self._idle -= 1
+            if not self._idle and len(self._threads) < self._max_sessions:
+                try:
+                    self._hire(slots)
+                    self._troubles.discard("cannot start a thread")
+                except (RuntimeError, MemoryError) as error:
+                    self._trouble("cannot start a thread", error)
+            slots.full = not self._idle
+
+    def _trouble(self, what: str, error: Exception) -> None:
+        """Log what went wrong, once until it goes well again."""
+        if what not in self._troubles:
+            self._troubles.add(what)
+            self._log.error("%s, will try again: %s", what, error)
+
+    def _serve(self, client: socket.socket, name: object, slots: Slots) -> None:
+        """Serve one client to the end."""
+        import socket
+        try:
+            if isinstance(name, tuple):     # or else the last of two small replies may wait 40 ms
+                client.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            wire = Wire.of_socket(client, slots, self._settings.timeout)
+        except OSError:     # it has left already
+            return
+        self._session(wire, self._settings, self._authenticator, self._log, next(self._numbers),
+                      peer_of(name)).run()
+
+
+def peer_of(name: object) -> Peer:
+    """The Peer that a socket's address stands for."""
+    if not isinstance(name, tuple):
+        return Peer(None, None)     # a Unix socket's
+    host = name[0]
+    return Peer(host[7:] if host.startswith("::ffff:") and "." in host else host, name[1])
+
+
+def _peer_behind(descriptor: int) -> Peer:
+    """The Peer on the other side of a descriptor, which may be none."""
+    import stat
+    if not stat.S_ISSOCK(os.fstat(descriptor).st_mode):
+        return Peer(None, None)
+    import socket
+    with socket.socket(fileno=os.dup(descriptor)) as connection:
+        try:
+            return peer_of(connection.getpeername())
+        except OSError:
+            return Peer(None, None)
+
+
+def _listen(hosts: Sequence[str], port: int) -> List[socket.socket]:
+    """Return sockets that listen on all of `hosts`; where `port` is 0, on one free port."""
+    import contextlib
+    import socket
+    with contextlib.ExitStack() as opened:
+        listeners: List[socket.socket] = []
+        for host in hosts:
+            try:
+                info = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM,
+                                          flags=socket.AI_NUMERICHOST | socket.AI_PASSIVE)[0]
+            except socket.gaierror:
+                raise OSError("%s is no IP address" % host) from None
+            listener = opened.enter_context(socket.socket(info[0], socket.SOCK_STREAM))
+            if os.name == "posix":
+                listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            if info[0] == socket.AF_INET6:
+                # :: is for IPv4 too, where no other of the sockets is.
+                alone = host != "::" or any(":" not in other for other in hosts)
+                listener.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, alone)
+            listener.bind(info[4])
+            listener.listen(LISTEN_QUEUE)
+            port = listener.getsockname()[1]
+            listeners.append(listener)
+        opened.pop_all()
+    return listeners
+
+
+def _library_log() -> logging.Logger:
+    """The logger "msmtpd", which prints nothing unless somebody wants it to."""
+    import logging
+    log = logging.getLogger("msmtpd")
+    if not log.handlers:
+        log.addHandler(logging.NullHandler())
+    return log
+
+
+# ---------------------------------------------------------------------------------------------
+# Command line
+# ---------------------------------------------------------------------------------------------
+
+DEFAULT_PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
+
+HELP = """\
+msmtpd hands each mail that it gets by SMTP to a command. The first %%F in the
+command becomes the sender; the recipients are appended as arguments."""
+
+HELP_END = """\
+Exit status: 0 stopped as asked; 1 stopped at once, or the one session under
+inetd went wrong; 3 could not start. The manual is msmtpd(1)."""
+
+
+class StartError(Exception):
+    """Why the program cannot start, and what to do about it."""
+
+
+def main(argv: Optional[Sequence[str]] = None) -> int:
+    """Run the program with these arguments, sys.argv's if None; return its exit status."""
+    arguments = sys.argv[1:] if argv is None else list(argv)
+    inetd = any(len(word) > 4 and "--inetd".startswith(word) for word in arguments)
+    _settle(inetd)
+    log: Log = ErrorsOnly()
+    try:
+        options = _parse_options(arguments)
+        log = _open_log("-" if options.debug and options.log == "none" else options.log,
+                        options.debug)
+        return (_run_inetd if options.inetd else _run_daemon)(options, log)
+    except StartError as error:
+        log.error("%s", error)
+        if inetd:
+            os.write(1, b"421 4.3.0 Cannot start; the log says why\r\n")
+        elif not isinstance(log, ErrorsOnly):
+            ErrorsOnly().error("%s", error)
+        return 3
+
+
+def _settle(inetd: bool) -> None:
+    """Make the process what its commands may inherit: descriptors 0 to 2, PATH, signals."""
+    for descriptor in range(3):
+        try:
+            os.fstat(descriptor)
+        except OSError:         # closed, and the next file opened would be taken for it
+            os.set_inheritable(os.open(os.devnull, os.O_RDWR), True)
+    if inetd and any(os.path.sameopenfile(2, descriptor) for descriptor in (0, 1)):
+        os.dup2(os.open(os.devnull, os.O_RDWR), 2)
+    os.environ.setdefault("PATH", DEFAULT_PATH)
+    if os.name == "posix":
+        import signal
+        signal.pthread_sigmask(signal.SIG_SETMASK, ())
+        # Python itself ignores these two, and subprocess restores them. With SIGCHLD ignored no
+        # exit status is to be had.
+        for number in signal.valid_signals() - {signal.SIGPIPE, signal.SIGXFSZ}:
+            if signal.getsignal(number) is signal.SIG_IGN:
+                signal.signal(number, signal.SIG_DFL)
+
+
+def _parse_options(arguments: List[str]) -> argparse.Namespace:
+    """Read the options. Raises StartError, and SystemExit for --help and --version."""
+    import argparse
+
+    class Parser(argparse.ArgumentParser):
+        """One whose refusal is one line."""
+
+        def error(self, message: str) -> NoReturn:
+            raise StartError(message + "; see msmtpd --help")
+
+    parser = Parser("msmtpd", description=HELP, epilog=HELP_END, add_help=False,
+                    usage="msmtpd [option...]", formatter_class=lambda prog: (
+                        argparse.RawDescriptionHelpFormatter(prog, max_help_position=29, width=79)))
+    add = parser.add_argument_group("service").add_argument
+    add("--inetd", action="store_true", help="serve one client on standard input and output")
+    add("--interface", metavar="IP", action="append", type=_text,
+        help="listen on this address (127.0.0.1), may be repeated")
+    add("--port", metavar="NUMBER", default=25, type=_port,
+        help="listen on this port (25), 0 for a free one")
+    add("--command", metavar="CMD", default="msmtp -f %F --", type=_text,
+        help="pipe mails to this (msmtp -f %%F --)")
+    add("--received", choices=("on", "off"), default="on", metavar="on|off",
+        help="begin mails with a Received line (on)")
+    add = parser.add_argument_group("log").add_argument
+    add("--log", metavar="none|syslog|FILE", default="none", type=_text,
+        help="where to (none), - for standard error")
+    add("--debug", action="store_true", help="log the dialogues, too")
+    add = parser.add_argument_group("security").add_argument
+    add("--auth", metavar="USER[,PASSWORDEVAL]", type=_auth,
+        help="let only this user send; the password is that command's output, or in "
+             "the key ring, or asked for")
+    add("--tls-cert-file", metavar="FILE", type=_text, help="offer TLS with this certificate")
+    add("--tls-key-file", metavar="FILE", type=_text, help="its key, if not in the same file")
+    add("--tls-starttls", choices=("on", "off"), default="on", metavar="on|off",
+        help="TLS by STARTTLS (on), or from the first byte")
+    add = parser.add_argument_group("limits").add_argument
+    add("--max-size", metavar="BYTES", default=MAX_SIZE, type=_size,
+        help="of a mail (64M), 0 for none; K, M, G may follow")
+    add("--max-sessions", metavar="NUMBER", default=MAX_SESSIONS, type=_count,
+        help="at a time (16), further clients wait")
+    add("--timeout", metavar="SECONDS", default=TIMEOUT, type=_seconds,
+        help="for a client's silence (300)")
+    add("--delivery-timeout", metavar="SECONDS", default=DELIVERY_TIMEOUT, type=_seconds,
+        help="for a run of the command (540)")
+    add = parser.add_argument_group("information").add_argument
+    add("--help", action="help", help="print this")
+    add("--version", action="version", version="msmtpd.py " + __version__, help="print that")
+    options, rest = parser.parse_known_args(arguments)
+    if rest:
+        raise StartError("no such option or argument: %s%s; see msmtpd --help"
+                         % (rest[0], _nearest(rest[0], parser.format_help())))
+    return options
+
+
+def _nearest(word: str, text: str) -> str:
+    """A question whether an option named in `text` was meant."""
+    import difflib
+    name = word.partition("=")[0]
+    near = difflib.get_close_matches(name, re.findall(r"--[a-z-]+", text), 1)
+    return ", is it %s" % near[0] if near else ""
+
+
+def _refuse_value(text: str) -> NoReturn:
+    import argparse
+    raise argparse.ArgumentTypeError(text)
+
+
+def _text(value: str) -> str:
+    return value or _refuse_value("needs a value")
+
+
+def _auth(value: str) -> Tuple[str, str]:
+    user, comma, command = value.partition(",")
+    if not user or comma and not command:
+        _refuse_value("needs a user, and a command behind the comma")
+    return user, command
+
+
+def _port(value: str) -> int:
+    if not (value.isdecimal() and int(value) <= 65535):
+        _refuse_value("%r is no port; these go from 0 to 65535" % value)
+    return int(value)
+
+
+def _count(value: str) -> int:
+    if not (value.isdecimal() and int(value) > 0):
+        _refuse_value("%r is no number from 1" % value)
+    return int(value)
+
+
+def _seconds(value: str) -> float:
+    if not re.fullmatch(r"[0-9]+(\.[0-9]+)?", value) or not 0 < float(value) < 1e9:
+        _refuse_value("%r is no number of seconds above 0" % value)
+    return float(value)
+
+
+def _size(value: str) -> int:
+    match = re.fullmatch(r"([0-9]{1,15})([KMG]?)", value.upper())
+    if not match:
+        _refuse_value("%r is no size, such as 500K, 64M or 0" % value)
+    factor: int = 1024 ** " KMG".index(match.group(2) or " ")
+    return int(match.group(1)) * factor
+
+
+def _open_log(target: str, debug: bool) -> Log:
+    """The log that --log names. Raises StartError where it cannot be opened."""
+    if target == "none":
+        return ErrorsOnly()
+    import logging
+    import logging.handlers
+
+    class LowerCase(logging.Formatter):
+        """Knows two levels, "info" and "error"."""
+
+        def format(self, record: logging.LogRecord) -> str:
+            record.level = "error" if record.levelno >= logging.ERROR else "info"
+            return super().format(record)
+
+    class File(logging.handlers.WatchedFileHandler):
+        """Reopened when it was rotated; where its folder is gone, lines are lost, and no more."""
+
+        def emit(self, record: logging.LogRecord) -> None:
+            try:
+                super().emit(record)
+            except OSError:
+                self.handleError(record)
+
+    class Syslog(logging.Handler):
+        """The syslog of the C library, which reconnects, and never fails."""
+
+        def emit(self, record: logging.LogRecord) -> None:
+            priority = syslog.LOG_ERR if record.levelno >= logging.ERROR else syslog.LOG_INFO
+            for line in self.format(record).splitlines():
+                syslog.syslog(priority, line.replace("\0", "?"))
+
+    handler: logging.Handler
+    if target == "syslog":
+        try:
+            import syslog
+        except ImportError:
+            raise StartError("this system has no syslog; use --log=FILE") from None
+        syslog.openlog("msmtpd", syslog.LOG_PID, syslog.LOG_MAIL)
+        handler = Syslog()
+        handler.setFormatter(LowerCase("%(level)s: %(message)s"))
+    else:
+        try:
+            handler = (logging.StreamHandler(open(2, "w", encoding="utf-8", closefd=False))
+                       if target == "-" else File(target, encoding="utf-8"))
+        except OSError as error:
+            raise StartError("cannot open the log: %s" % error) from None
+        handler.setFormatter(LowerCase("%(asctime)s msmtpd[%(process)d] %(level)s: %(message)s",
+                                       "%Y-%m-%d %H:%M:%S"))
+    logging.raiseExceptions = False     # a log that fails must not fill standard error
+    log = _library_log()
+    log.handlers[:] = [handler]
+    log.propagate = False
+    log.setLevel(logging.DEBUG if debug else logging.INFO)
+    return log
+
+
+def _reopen_log(log: Log) -> None:
+    """Open the log file anew, if it was moved."""
+    for handler in getattr(log, "handlers", ()):
+        if hasattr(handler, "reopenIfNeeded"):
+            handler.acquire()
+            try:
+                handler.reopenIfNeeded()
+            except OSError:
+                pass
+            finally:
+                handler.release()
+
+
+def _find_password(user: str, command: str, inetd: bool) -> str:
+    """The password of --auth, looked up once. Raises StartError saying what was tried."""
+    if command:
+        return _evaluate(command, inetd)
+    tried = []
+    for look in (_ask_secret_tool, _ask_keyring, _ask_keychain):
+        password, why_not = look(user)
+        if password:
+            return password
+        if why_not:
+            tried.append(why_not)
+    if inetd:
+        tried.append("no prompt under inetd")
+    else:
+        try:
+            os.close(os.open("/dev/tty", os.O_RDWR))
+        except OSError:
+            tried.append("no terminal to ask on")
+        else:
+            import getpass
+            password = getpass.getpass("Password of %s: " % user)
+            if password:
+                return password
+            tried.append("an empty password was typed")
+    raise StartError("no password for %s: %s; store one with \"secret-tool store --label=msmtpd "
+                     "host localhost service smtp user %s\", or give a command that prints it: "
+                     "--auth=%s,COMMAND" % (user, ", ".join(tried), user, user))
+
+
+def _evaluate(command: str, inetd: bool) -> str:
+    """The first line of what `command` prints."""
+    import subprocess
+    done = subprocess.run(command, shell=True, stdout=subprocess.PIPE, check=False,
+                          stdin=subprocess.DEVNULL if inetd else None)
+    if done.returncode:
+        raise StartError("the password command failed with exit status %d: %s"
+                         % (done.returncode, command))
+    try:
+        password = done.stdout.split(b"\n")[0].rstrip(b"\r").decode()
+    except UnicodeDecodeError:
+        raise StartError("the password command printed no UTF-8: %s" % command) from None
+    if not password:
+        raise StartError("the password command printed no password: %s" % command)
+    return password
+
+
+def _run_lookup(*arguments: str) -> Tuple[str, str]:
+    """The first line that a look-up program prints, or why there is none."""
+    import subprocess
+    try:
+        done = subprocess.run(arguments, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
+                              stderr=subprocess.PIPE, timeout=60, check=False)
+    except FileNotFoundError:
+        return "", "no program %s" % arguments[0]
+    except (OSError, subprocess.TimeoutExpired) as error:
+        return "", "%s: %s" % (arguments[0], error)
+    password = done.stdout.decode("utf-8", "replace").split("\n")[0]
+    errors = done.stderr.decode("utf-8", "replace").strip() or "no such entry"
+    return password, "%s: %s" % (arguments[0], _shown(errors))
+
+
+def _ask_secret_tool(user: str) -> Tuple[str, str]:
+    return _run_lookup("secret-tool", "lookup", "host", "localhost", "service", "smtp",
+                       "user", user)
+
+
+def _ask_keychain(user: str) -> Tuple[str, str]:
+    if sys.platform != "darwin":
+        return "", ""
+    return _run_lookup("security", "find-internet-password", "-s", "localhost", "-r", "smtp",
+                       "-a", user, "-w")
+
+
+def _ask_keyring(user: str) -> Tuple[str, str]:
+    try:
+        import keyring  # type: ignore[import-not-found, unused-ignore]
+        return keyring.get_password("smtp://localhost", user) or "", "keyring: no such entry"
+    except ImportError:
+        return "", "no Python package keyring"
+    except Exception as error:      # each of its back ends has its own
+        return "", "keyring: %s" % _shown(str(error) or type(error).__name__)
+
+
+def _tls_context(certificate: str, key: Optional[str]) -> ssl.SSLContext:
+    """A context for TLS 1.2 and newer. Raises StartError where the files are not in order."""
+    try:
+        import ssl
+    except ImportError:
+        raise StartError("this Python has no ssl module, and so no TLS") from None
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.minimum_version = ssl.TLSVersion.TLSv1_2
+    context.options |= getattr(ssl, "OP_NO_RENEGOTIATION", 0)
+    _load_certificate(context, certificate, key)
+    return context
+
+
+def _load_certificate(context: ssl.SSLContext, certificate: str, key: Optional[str]) -> None:
+    """Load certificate and key into `context`. Raises StartError."""
+    def refuse() -> str:
+        raise StartError("the key in %s is encrypted; decrypt it first, with "
+                         "\"openssl pkey -in KEY -out FILE\"" % (key or certificate))
+    for name in filter(None, (certificate, key)):
+        try:
+            open(name, "rb").close()
+        except OSError as error:
+            raise StartError("cannot read the TLS file: %s" % error) from None
+    try:
+        context.load_cert_chain(certificate, key, refuse)
+    except OSError as error:            # ssl.SSLError is one
+        raise StartError("no certificate with its key in %s: %s"
+                         % (" and ".join(filter(None, (certificate, key))), error)) from None
+
+
+def _make_server(options: argparse.Namespace, log: Log,
+                 stdout: Optional[int]) -> Tuple[Server, Command]:
+    """The server that the options describe, and the command it delivers to."""
+    try:
+        command = Command(options.command, timeout=options.delivery_timeout, stdout=stdout)
+    except ValueError as error:
+        raise StartError("bad --command: %s" % error) from None
+    if options.tls_key_file and not options.tls_cert_file:
+        raise StartError("--tls-key-file needs --tls-cert-file")
+    authenticate = tls = None
+    if options.tls_cert_file:
+        tls = _tls_context(options.tls_cert_file, options.tls_key_file)
+    if options.auth:
+        user = options.auth[0]
+        authenticate = one_user(user, _find_password(user, options.auth[1], options.inetd))
+    server = Server(command, options.interface or "127.0.0.1", options.port,
+                    authenticate=authenticate, tls=tls, starttls=options.tls_starttls == "on",
+                    received=options.received == "on", max_size=options.max_size,
+                    max_sessions=options.max_sessions, timeout=options.timeout,
+                    sockets=() if options.inetd else _inherited_sockets(), log=log)
+    for text in command.warnings:
+        _warn(log, options, text)
+    return server, command
+
+
+def _warn(log: Log, options: argparse.Namespace, text: str) -> None:
+    """Say, on standard error and in the log, what may be wrong."""
+    log.info("warning: %s", text)
+    if options.log != "-":
+        ErrorsOnly().error("warning: %s", text)
+
+
+def _run_inetd(options: argparse.Namespace, log: Log) -> int:
+    """Serve one client on standard input and output."""
+    server, command = _make_server(options, log, os.open(os.devnull, os.O_WRONLY))
+    _stop_on_signals(server, command, options)
+    return 0 if server.serve_descriptors() else 1
+
+
+def _run_daemon(options: argparse.Namespace, log: Log) -> int:
+    """Serve until a signal comes."""
+    server, command = _make_server(options, log, None)
+    try:
+        server.start()
+    except (OSError, RuntimeError) as error:
+        hint = ""
+        if isinstance(error, PermissionError) and options.port < 1024:
+            hint = "; ports below 1024 are for root: try --port=2500"
+        raise StartError("cannot listen on %s port %d: %s%s" % (
+            ", ".join(options.interface or ["127.0.0.1"]), options.port,
+            error.strerror if isinstance(error, OSError) and error.strerror else error,
+            hint)) from None
+    _stop_on_signals(server, command, options)
+    _reload_on_signal(server, log, options)
+    places = " and ".join(map(str, server.addresses)) or "inherited sockets"
+    log.info("listening on %s, piping mails to: %s", places, options.command)
+    if not options.auth and not all(peer.host is None or peer.host.startswith("127.")
+                                    or peer.host == "::1" for peer in server.addresses):
+        _warn(log, options, "anybody who reaches %s can send mail; think of --auth" % places)
+    if os.isatty(2):
+        os.write(2, ("msmtpd: listening on %s, piping mails to: %s (to try it: nc %s %s; to stop "
+                     "it: Ctrl-C)\n" % (places, options.command, server.host, server.port)).encode())
+    notify = os.environ.pop("NOTIFY_SOCKET", "")
+    _notify(notify, b"READY=1")
+    server.serve_forever(lambda: _notify(notify, b"STOPPING=1"))
+    log.info("stopped")
+    return 0
+
+
+def _stop_on_signals(server: Server, command: Command, options: argparse.Namespace) -> None:
+    """Let the first SIGTERM or SIGINT end the server in good order, and the second at once."""
+    import signal
+    stopping: List[int] = []
+
+    def stop(number: int, frame: object) -> None:
+        if stopping:
+            command.abandon()
+            os._exit(1)
+        stopping.append(number)
+        server.drain(GRACE, options.delivery_timeout + 3 * KILL_DELAY)
+    signal.signal(signal.SIGTERM, stop)
+    signal.signal(signal.SIGINT, stop)
+
+
+def _reload_on_signal(server: Server, log: Log, options: argparse.Namespace) -> None:
+    """Let SIGHUP reopen the log and load the certificate anew."""
+    import signal
+
+    def reload(number: int, frame: object) -> None:
+        _reopen_log(log)
+        if options.tls_cert_file and server.tls:
+            try:
+                # A trial first: files that do not match must not replace those that do.
+                _tls_context(options.tls_cert_file, options.tls_key_file)
+                _load_certificate(server.tls, options.tls_cert_file, options.tls_key_file)
+            except StartError as error:
+                log.error("kept the certificate: %s", error)
+    if hasattr(signal, "SIGHUP"):
+        signal.signal(signal.SIGHUP, reload)
+
+
+def _inherited_sockets() -> List[socket.socket]:
+    """The sockets that systemd passes (sd_listen_fds(3)). Raises StartError for unfit ones."""
+    pid, number = os.environ.pop("LISTEN_PID", ""), os.environ.pop("LISTEN_FDS", "")
+    os.environ.pop("LISTEN_FDNAMES", None)
+    if pid != str(os.getpid()) or not number.isdecimal():
+        return []
+    import socket
+    sockets = []
+    for descriptor in range(3, 3 + int(number)):
+        try:
+            inherited = socket.socket(fileno=descriptor)
+            listens = inherited.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN)
+        except OSError as error:
+            raise StartError("descriptor %d of LISTEN_FDS: %s" % (descriptor, error)) from None
+        if not listens:
+            raise StartError("descriptor %d of LISTEN_FDS is no listening socket; for Accept=yes "
+                             "use --inetd" % descriptor)
+        inherited.set_inheritable(False)
+        sockets.append(inherited)
+    return sockets
+
+
+def _notify(address: str, state: bytes) -> None:
+    """Tell systemd (sd_notify(3)), if it wants to hear."""
+    if not address:
+        return
+    import socket
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as notification:
+        try:
+            notification.sendto(state, "\0" + address[1:] if address[0] == "@" else address)
+        except OSError:
+            pass
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -328,7 +328,7 @@ _LOCAL_PART = r"""(?:%s+|"(?:[^\x00-\x1f\x7f"\\]|\\[ -~])*")""" % _ATEXT
 _LETTER = r"[0-9A-Za-z_\x80-\U0010ffff]"
 _LABEL = r"%s(?:(?:%s|-)*%s)?" % (_LETTER, _LETTER, _LETTER)
 _LITERAL = (r"\[(?:\d{1,3}(?:\.\d{1,3}){3}|IPv6:[0-9A-Fa-f:.]+"
-            r"|[0-9A-Za-z-]*[0-9A-Za-z]:[!-Z^-~]+)\]")
+            r"|(?!IPv6:)[0-9A-Za-z-]*[0-9A-Za-z]:[!-Z^-~]+)\]")
 _DOMAIN = r"(?:%s(?:\.%s)*|%s)" % (_LABEL, _LABEL, _LITERAL)
 _MAILBOX = r"%s(?:@%s)?" % (_LOCAL_PART, _DOMAIN)
 _PATH = (r" *(?:<(?:(?:@{0}(?:,@{0})*:)?(?P<path>{1}))?>|(?P<bare>{1}))(?: +(?P<rest>.*))?"
@@ -508,7 +508,8 @@ def _poll(readers: Iterable[int], writers: Iterable[int], seconds: Optional[floa
         poll.register(descriptor, select.POLLIN)
     for descriptor in writers:
         poll.register(descriptor, select.POLLOUT)
-    milliseconds = None if seconds is None else max(0, int(seconds * 1000) + 1)
+    # Rounded up: to wake too early is to look twice.
+    milliseconds = None if seconds is None else -int(-1000 * max(seconds, 0.0) // 1)
     return {descriptor for descriptor, _ in poll.poll(milliseconds)}
 
 
@@ -1849,11 +1850,9 @@ class Server:
     def _accept(self, slots: Slots) -> Optional[Tuple[socket.socket, object]]:
         """Return the next client and its address, None when the server stops."""
         pause = 0.1
-        listeners = {listener.fileno(): listener for listener in self._listeners}
-        while True:
-            ready = _poll((slots.descriptor, *listeners), (), None)
-            if slots.drain_until is not None:
-                return None
+        while slots.drain_until is None:
+            listeners = {listener.fileno(): listener for listener in self._listeners}
+            ready = _poll((slots.descriptor, *listeners), (), None) - {slots.descriptor}
             for listener in (listeners[descriptor] for descriptor in ready):
                 try:
                     accepted = listener.accept()
@@ -1867,6 +1866,7 @@ class Server:
                 self._troubles.discard("cannot accept")
                 self._leave_door(slots)
                 return accepted
+        return None
 
     def _leave_door(self, slots: Slots) -> None:
         """See that somebody stays behind, if there may be one more thread."""

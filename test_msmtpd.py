@@ -5,6 +5,7 @@ They need nothing but Python and a POSIX system, listen on free ports of 127.0.0
 by name where a program that they talk to is missing.
 """
 
+import base64
 import contextlib
 import io
 import itertools
@@ -882,6 +883,856 @@ class MailData(ServerCase):
             self.assertEqual(self.send(client, 2000 * line + b".\r\n")[0][:9], "452 4.3.1")
             self.assertEqual(self.send(client, 1000 * line + b".\r\n")[0][:9], "250 2.0.0")
         self.assertEqual([mail.size for mail in self.mails], [999000])
+
+
+# Delivery
+
+SHELL_WORDS = ("a;b@c.example", "a|b@c.example", "$(touch${IFS}x)@c.example", "`touch`@c.example",
+               "o'brien@c.example", "r&d@c.example", '"a b"@c.example', '"$(touch x)"@c.example',
+               "a>x@c.example", "*@c.example", "~root@c.example", "a{b,c}@c.example")
+
+
+class AddressRule(unittest.TestCase):
+    """What is valid but not inert is accepted only where nothing can parse it again."""
+
+    SAFE = ("cat -f %F --", "cat --", "cat --from=%F --", "cat -f%F", "/bin/cat %F", "cat '%F' --",
+            'cat "%F" --', "cat -x '' \"a b\" %F", "cat 'a;b' %F", r"cat a\;b %F", "cat a=b %F",
+            "/usr/bin/env cat %F")
+    UNSAFE = ("cat a%F", "cat 'x %F'", "cat from=%F", "sh -c 'cat' %F", "sh -c 'cat -f %F'",
+              "bash -c 'cat \"$@\"' x", "cat %F; cat", "cat $HOME %F", "cat `true` %F", "cat %F | cat",
+              "cat <x %F", "cat *", "cat ~ %F", "A=b cat %F", "cat # %F", "/usr/bin/ssh host cat %F",
+              "nice ssh host", "cat --rsh=ssh %F", "cat -e 'ssh -x' %F", "xargs cat", "busybox sh",
+              "su -c cat", "sudo cat %F", "cat \"$HOME\" %F", "nosuchprogram %F", "cat -f %F%F",
+              "exec cat %F", "/bin/bash5.2 %F", "cat {a,b} %F", "cat && cat", "! cat")
+
+    def test_safe_commands_take_every_address(self):
+        for text in self.SAFE:
+            command = msmtpd.Command(text)
+            for address in SHELL_WORDS:
+                with self.subTest(text, address=address):
+                    command.check(address)
+
+    def test_other_commands_take_inert_ones_only(self):
+        for text in self.UNSAFE:
+            command = msmtpd.Command(text)
+            with self.subTest(text):
+                command.check("a.b+c=d@c.example")
+                for address in SHELL_WORDS:
+                    with self.assertRaises(msmtpd.PermanentFailure, msg=address):
+                        command.check(address)
+
+    def test_no_command_takes_a_leading_hyphen(self):
+        with self.assertRaises(msmtpd.PermanentFailure):
+            msmtpd.Command("cat --").check("-oQ/tmp@c.example")
+
+    def test_a_mail_made_by_hand_is_checked_too(self):
+        with self.assertRaises(msmtpd.PermanentFailure):
+            msmtpd.Command("cat; true")(msmtpd.Mail("a@b", ["$(touch x)@b"], b"x\n"))
+
+    def test_commands_that_cannot_work(self):
+        for text in ("", "  ", "cat\ncat", "cat;", "cat &", "cat | ", "cat >", "cat <", "cat &&",
+                     "cat 'x", 'cat "x', "if cat", "cat )", "cat ${"):
+            with self.subTest(text), self.assertRaises(ValueError):
+                msmtpd.Command(text)
+
+    def test_commands_that_may_not_work(self):
+        for text, count in (("cat # %F", 1), ("cat %F #", 1), ("nosuchprogram %F", 1),
+                            ("./nosuchprogram %F", 1), ("cat 'a # b'", 0), ("cat a#b", 0),
+                            ("exec cat", 0), ("cat $(true)", 0)):
+            with self.subTest(text):
+                self.assertEqual(len(msmtpd.Command(text).warnings), count)
+
+
+class Delivery(ProgramCase):
+    """The command: RFC 5321 says when to accept, sysexits.h how it tells."""
+
+    def run_command(self, text, mail=None, **options):
+        """Run a command on a mail; return the failure, or None, and the mail's outcome."""
+        mail = mail or msmtpd.Mail("a@b", ["c@d"], b"x\n")
+        try:
+            msmtpd.Command(text, **options)(mail)
+        except (msmtpd.TemporaryFailure, msmtpd.PermanentFailure) as error:
+            return error, mail.outcome
+        return None, mail.outcome
+
+    def test_arguments_and_input(self):
+        body = b"x\0\xff\n" * 10
+        for text, sender, recipients, arguments in (
+                (" -f %F --", "a@b", ["c@d", "e@f"], ["-f", "a@b", "--", "c@d", "e@f"]),
+                (" --from=%F %F", "", ["c"], ["--from=MAILER-DAEMON", "%F", "c"]),
+                (" 'a b' \"c\" \\$", "a@b", ["o'brien@d"], ["a b", "c", "$", "o'brien@d"]),
+                (" -f %F; true", "a@b", ["c@d"], ["-f", "a@b"]),
+                (" \"$HOME\" -f '%F' -- ", "", ["c", "d"],
+                 [os.environ.get("HOME", ""), "-f", "MAILER-DAEMON", "--", "c", "d"])):
+            with self.subTest(text):
+                mail = msmtpd.Mail(sender, recipients, body)
+                self.assertEqual(self.run_command(self.capture + text, mail), (None, "exit=0"))
+                self.assertEqual(self.delivered()[-1], (arguments, body))
+
+    def test_exit_statuses(self):
+        expected = {0: None, **{status: (554, "5.3.0") for status in range(1, 256)}}
+        expected.update({
+            65: (554, "5.6.0"), 67: (554, "5.1.1"), 77: (554, "5.7.0"), 78: (554, "5.3.5"),
+            68: (451, "4.3.0"), 69: (451, "4.3.0"), 71: (451, "4.3.0"), 75: (451, "4.3.0"),
+            126: (451, "4.3.5"), 127: (451, "4.3.5")})
+        script = self.script("exit", "#!/bin/sh\nexit $1\n")
+        for status in (0, 1, 2, 64, 65, 66, 67, 68, 69, 70, 71, 72, 73, 74, 75, 76, 77, 78, 79, 100,
+                       111, 125, 126, 127, 128, 129, 137, 255):
+            for text in ("%s %d", "%s %d;:;exit $?", "%s %d || exit $?"):
+                if ";:;" in text:
+                    continue
+                with self.subTest(text, status=status):
+                    failure, outcome = self.run_command(text % (script, status))
+                    reply = failure and (failure.code, failure.enhanced)
+                    shell_says_signal = "||" in text and status > 128
+                    self.assertEqual(reply, (451, "4.3.0") if shell_says_signal
+                                     else expected[status])
+                    self.assertEqual(outcome, "exit=%d" % status)
+
+    def test_signals(self):
+        for number in (signal.SIGHUP, signal.SIGINT, signal.SIGKILL, signal.SIGPIPE,
+                       signal.SIGTERM, signal.SIGSEGV):
+            script = self.script("die", "#!/bin/sh\nulimit -c 0; kill -%d $$\n" % number)
+            failure, outcome = self.run_command(script)
+            self.assertEqual((failure.code, failure.enhanced), (451, "4.3.0"))
+            self.assertEqual(outcome, "exit=signal %d" % number)
+
+    def test_what_cannot_be_started(self):
+        plain = os.path.join(self.folder, "plain")
+        for change in (lambda: os.chmod(plain, 0o644), lambda: os.remove(plain),
+                       lambda: (os.remove(plain), os.mkdir(plain))):
+            command = msmtpd.Command(self.script("plain", "#!/bin/sh\n"))
+            change()
+            with self.assertRaises(msmtpd.TemporaryFailure) as caught:
+                command(msmtpd.Mail("a@b", ["c@d"], b"x\n"))
+            self.assertEqual((caught.exception.code, caught.exception.enhanced), (451, "4.3.5"))
+        self.assertEqual(self.run_command("nosuchprogram")[0].enhanced, "4.3.5")
+
+    def test_a_script_without_an_interpreter_line_is_the_shells(self):
+        script = self.script("bare", "cat > %s/out; exit 75\n" % self.folder)
+        self.assertEqual(self.run_command(script)[1], "exit=75")
+
+    def test_only_the_status_decides(self):
+        large = msmtpd.Mail("a@b", ["c@d"], b"x" * 3000000 + b"\n")
+        middle = msmtpd.Mail("a@b", ["c@d"], b"x" * 900000 + b"\n")
+        for mail in (large, middle):
+            self.assertEqual(self.run_command("true", mail), (None, "exit=0"))
+            self.assertEqual(self.run_command("sh -c 'exec <&-; exit 0'", mail)[1], "exit=0")
+            self.assertEqual(self.run_command("cat >/dev/null; exit 1; :", mail)[1], "exit=1")
+
+    def test_mails_of_any_size_arrive_whole(self):
+        for size in (0, 1, 4096, 65535, 65536, 65537, 200000, 1048576, 1048577, 3000000):
+            mail = msmtpd.Mail("a@b", ["c@d"], os.urandom(size))
+            self.assertEqual(self.run_command(self.capture, mail)[1], "exit=0")
+            self.assertEqual(self.delivered()[-1][1], mail.data)
+
+    def test_its_words_end_the_reply(self):
+        script = self.script("moan", "#!/bin/sh\nprintf 'no\\033 way\\n\\nsorry\\n' >&2; exit 1\n")
+        failure = self.run_command(script)[0]
+        self.assertEqual(list(failure.details), ["no\x1b way", "sorry"])
+        self.assertEqual(str(failure), "Command failed (exit 1): no? way; sorry")
+        script = self.script("moan", "#!/bin/sh\nhead -c 100000 /dev/zero | tr '\\0' x >&2; exit 1\n")
+        failure = self.run_command(script)[0]
+        self.assertEqual(str(failure), "Command failed (exit 1): " + "x" * 300)
+        self.assertEqual(sum(map(len, failure.details)), 4096)
+
+    def test_time_limit(self):
+        for trap, text in (("", "signal"), ("trap '' TERM", "KILL"), ("trap 'exit 0' TERM", "0")):
+            with mock.patch.object(msmtpd, "KILL_DELAY", 0.1), self.subTest(text):
+                script = self.script("hang", "#!/bin/sh\n%s\nsleep 60 &\necho $! > %s/pid\n"
+                                     "while :; do sleep 0.05; done\n" % (trap, self.folder))
+                failure, outcome = self.run_command(script, timeout=0.2)
+                self.assertEqual((failure.code, failure.enhanced), (451, "4.3.0"))
+                self.assertEqual(outcome, "exit=timeout")
+                with open(os.path.join(self.folder, "pid"), encoding="ascii") as file:
+                    pid = int(file.read())
+                wait_for(lambda pid=pid: not is_running(pid), "the rest of the group to end")
+
+    def test_children_left_behind_hold_nothing_up(self):
+        script = self.script("fork", "#!/bin/sh\nsleep 60 <&0 &\necho $! > %s/pid\n" % self.folder)
+        started = time.monotonic()
+        self.assertEqual(self.run_command(script)[1], "exit=0")
+        self.assertLess(time.monotonic() - started, 30)
+        with open(os.path.join(self.folder, "pid"), encoding="ascii") as file:
+            os.kill(int(file.read()), signal.SIGKILL)
+
+    @unittest.skipUnless(os.path.exists("/proc/self/status"), "no /proc")
+    def test_what_it_inherits(self):
+        reader, writer = os.pipe()
+        self.addCleanup(os.close, reader)
+        self.addCleanup(os.close, writer)
+        os.set_inheritable(writer, True)
+        with tempfile.TemporaryFile("w+") as output:
+            self.run_command("ls /proc/self/fd", stdout=output.fileno())
+            self.run_command("cat /proc/self/status", stdout=output.fileno())
+            self.run_command("cut -d' ' -f1,5,6 /proc/self/stat", stdout=output.fileno())
+            output.seek(0)
+            lines = output.read().splitlines()
+        self.assertEqual(lines[:4], ["0", "1", "2", "3"])      # 3 is the folder that ls reads
+        self.assertRegex(lines[4], "Name:")
+        ignored = int(next(line for line in lines if line.startswith("SigIgn:")).split()[1], 16)
+        self.assertEqual(ignored & (1 << signal.SIGPIPE - 1 | 1 << signal.SIGXFSZ - 1), 0)
+        pid, group, session = lines[-1].split()
+        self.assertEqual((group, session), (pid, pid))
+
+    def test_without_pidfd(self):
+        with mock.patch.object(os, "pidfd_open", side_effect=OSError, create=True):
+            for test in (self.test_arguments_and_input, self.test_signals, self.test_time_limit,
+                         self.test_children_left_behind_hold_nothing_up,
+                         self.test_mails_of_any_size_arrive_whole):
+                shutil.rmtree(os.path.join(self.folder, "mails"))
+                os.mkdir(os.path.join(self.folder, "mails"))
+                test()
+
+    def test_a_lost_status_is_no_success(self):
+        before = signal.signal(signal.SIGCHLD, signal.SIG_IGN)
+        try:
+            failure, outcome = self.run_command("true")
+        finally:
+            signal.signal(signal.SIGCHLD, before)
+        self.assertEqual((failure.code, outcome), (451, "exit=lost"))
+
+    def test_no_descriptor_is_left_open(self):
+        before = descriptors()
+        for text in ("true", "false", "nosuchprogram", "cat >/dev/null; true"):
+            for size in (1, 100000, 2000000):
+                self.run_command(text, msmtpd.Mail("a@b", ["c@d"], b"x" * size))
+        self.assertEqual(descriptors(), before)
+
+
+def is_running(pid):
+    """Whether a process exists and is no zombie."""
+    try:
+        os.kill(pid, 0)
+        with open("/proc/%d/stat" % pid, encoding="latin-1") as file:
+            return file.read().rpartition(")")[2].split()[0] != "Z"
+    except ProcessLookupError:
+        return False
+    except FileNotFoundError:
+        return os.path.exists("/proc/self") is False
+
+
+def descriptors():
+    """The open descriptors of this process."""
+    return {fd for fd in range(256) if not _closed(fd)}
+
+
+def _closed(descriptor):
+    try:
+        os.fstat(descriptor)
+        return False
+    except OSError:
+        return True
+
+
+# Authentication
+
+def encoded(text):
+    return base64.b64encode(text.encode()).decode()
+
+
+class Authentication(ServerCase):
+    """RFC 4954 with PLAIN (RFC 4616) and LOGIN."""
+
+    RIGHT, WRONG = encoded("\0user\0secret"), encoded("\0user\0wrong")
+
+    def setUp(self):
+        self.patch(AUTH_DELAY=0.0)
+
+    def serve(self, deliver=None, **options):
+        options.setdefault("authenticate", msmtpd.one_user("user", "secret"))
+        return super().serve(deliver, **options)
+
+    def test_dialogue(self):
+        mails = self.check_dialogue("""\
+            S: 220
+            C: AUTH PLAIN %s
+            S: 503 5.5.1
+            C: EHLO x
+            S: 250-
+            S: 250-
+            S: 250-
+            S: 250-
+            S: 250-
+            S: 250-
+            S: 250 AUTH PLAIN LOGIN
+            C: MAIL FROM:<a@b>
+            S: 530 5.7.0
+            C: AUTH
+            S: 504 5.5.4
+            C: AUTH CRAM-MD5
+            S: 504 5.5.4
+            C: AUTH PLAIN !!!!
+            S: 501 5.5.2
+            C: AUTH PLAIN YWJj
+            S: 501 5.5.2
+            C: AUTH PLAIN
+            S: 334
+            C: *
+            S: 501 5.5.2
+            C: AUTH PLAIN %s
+            S: 535 5.7.8
+            C: auth plain
+            S: 334
+            C: %s
+            S: 235 2.7.0
+            C: AUTH PLAIN
+            S: 503 5.5.1
+            C: MAIL FROM:<a@b>
+            S: 250
+            C: RCPT TO:<c@d>
+            S: 250
+            C: DATA
+            S: 354
+            C: x
+            C: .
+            S: 250
+            C: QUIT
+            S: 221
+            """ % (self.RIGHT, self.WRONG, self.RIGHT), received=True)
+        self.assertEqual(mails[0].user, "user")
+        self.assertIn(b"with ESMTPA;", mails[0].data)
+
+    def test_login(self):
+        for lines in (("AUTH LOGIN", "334 VXNlcm5hbWU6", encoded("user"), "334 UGFzc3dvcmQ6",
+                       encoded("secret"), "235 2.7.0"),
+                      ("auth login " + encoded("user"), "334 UGFzc3dvcmQ6", encoded("secret"),
+                       "235 2.7.0"),
+                      ("AUTH LOGIN " + encoded("user"), "334 UGFzc3dvcmQ6", "*", "501 5.5.2"),
+                      ("AUTH LOGIN =", "334 UGFzc3dvcmQ6", encoded("secret"), "535 5.7.8"),
+                      ("AUTH LOGIN", "334 VXNlcm5hbWU6", "us", "501 5.5.2")):
+            with self.subTest(lines), Client(self.serve()) as client:
+                client.open()
+                for sent, expected in zip(lines[::2], lines[1::2]):
+                    self.assertEqual(client.do(sent)[:len(expected)], expected)
+
+    def test_any_authorization_identity_and_long_responses(self):
+        long = "p" * 8000
+        server = self.serve(authenticate=msmtpd.one_user("user", long))
+        for line in ("AUTH PLAIN " + encoded("someone\0user\0" + long), ):
+            with Client(server) as client:
+                self.assertEqual(client.open(line)[:3], "235")
+        with Client(server) as client:
+            self.assertEqual(client.open("AUTH PLAIN", encoded("\0user\0" + long))[:3], "235")
+        with Client(server) as client:
+            self.assertEqual(client.open("AUTH PLAIN", "x" * 12287)[:9], "500 5.5.2")
+            self.assertEqual(client.do("NOOP")[:3], "250")
+
+    def test_not_in_a_transaction(self):
+        with Client(self.serve()) as client:
+            client.open("AUTH PLAIN " + self.RIGHT, "MAIL FROM:<a@b>")
+            self.assertEqual(client.do("AUTH PLAIN " + self.RIGHT)[:9], "503 5.5.1")
+
+    def test_third_failure_ends_the_session(self):
+        with Client(self.serve()) as client:
+            client.open("AUTH PLAIN " + self.WRONG, "AUTH PLAIN !", "AUTH PLAIN " + self.WRONG)
+            self.assertEqual(client.do("AUTH PLAIN " + self.WRONG)[:9], "421 4.7.0")
+            self.assertEqual(client.rest(), "")
+
+    def test_failures_make_all_answers_late(self):
+        delays = []
+        with mock.patch.object(msmtpd.time, "sleep", delays.append):
+            check = msmtpd.Authenticator(msmtpd.one_user("user", "secret"))
+            self.assertTrue(check.verify("user", "secret"))
+            self.assertEqual(len(delays), 0)
+            self.assertFalse(check.verify("user", "wrong"))
+            self.assertEqual(len(delays), 1)
+            self.assertTrue(check.verify("user", "secret"))
+            self.assertEqual(len(delays), 2)
+            later = time.monotonic() + msmtpd.AUTH_MEMORY + 1
+            with mock.patch.object(msmtpd.time, "monotonic", lambda: later):
+                self.assertTrue(check.verify("user", "secret"))
+            self.assertEqual(len(delays), 2)
+            check = msmtpd.Authenticator(msmtpd.one_user("user", "secret"), always_late=True)
+            self.assertTrue(check.verify("user", "secret"))
+            self.assertEqual(len(delays), 3)
+
+    def test_only_the_right_pair(self):
+        check = msmtpd.one_user("\u00fcser", "s\u00e9cret")
+        self.assertTrue(check("\u00fcser", "s\u00e9cret"))
+        for user, password in (("\u00fcser", ""), ("", "s\u00e9cret"), ("", ""), ("user", "secret"),
+                               ("\u00fcser", "s\u00e9cret "), ("\u00fcser ", "s\u00e9cret")):
+            self.assertFalse(check(user, password))
+
+    def test_an_exception_says_nothing(self):
+        def authenticate(user, password):
+            raise KeyError(password)
+        with self.assertLogs("msmtpd") as logs, \
+                Client(self.serve(authenticate=authenticate)) as client:
+            reply = client.open("AUTH PLAIN " + self.RIGHT)
+        self.assertEqual(reply[:9], "454 4.7.0")
+        self.assertNotIn("secret", reply + "".join(logs.output))
+
+
+# Serving
+
+class Slots(ServerCase):
+    """Sessions are bounded, and nobody can keep others out."""
+
+    def test_further_clients_wait(self):
+        server = self.serve(max_sessions=2)
+        with Client(server) as first, Client(server) as second:
+            first.open()
+            second.open()
+            with Client(server) as third:
+                self.assertEqual(select.select([third.socket], [], [], 0.2)[0], [])
+                first.do("QUIT")
+                self.assertEqual(third.do("EHLO x"), "220 localhost ESMTP msmtpd")
+
+    def test_silent_clients_give_way_when_all_slots_are_taken(self):
+        self.patch(FULL_TIMEOUT=0.3)
+        server = self.serve(max_sessions=3)
+        with Client(server) as first, Client(server) as second, Client(server) as third, \
+                Client(server) as fourth:
+            second.open("MAIL FROM:<a@b>", "RCPT TO:<c@d>", "DATA")
+            self.assertEqual(fourth.reply(), ["220 localhost ESMTP msmtpd"])
+            ends = [client.rest()[-60:] for client in (first, second, third)
+                    if select.select([client.socket], [], [], 0)[0]]
+            self.assertIn("421 4.4.2", "".join(ends))
+
+    def test_silent_clients_stay_while_there_is_room(self):
+        self.patch(FULL_TIMEOUT=0.1)
+        with Client(self.serve(max_sessions=3)) as client:
+            client.open()
+            self.assertEqual(select.select([client.socket], [], [], 1.5)[0], [])
+            self.assertEqual(client.do("NOOP")[:3], "250")
+
+    def test_threads_are_kept_and_reused(self):
+        server = self.serve()
+        names = set()
+        for _ in range(50):
+            with Client(server) as client:
+                client.open()
+                client.do("QUIT")
+                names.update(t.name for t in threading.enumerate() if "msmtpd" in t.name)
+        self.assertLess(len(names), 5)
+
+    def test_accept_may_fail(self):
+        server = self.serve()
+        real, failures = server._listeners[0], [OSError(24, "Too many open files")] * 3
+
+        class Listener:
+            """Fails three times, as a process without descriptors does."""
+
+            def fileno(self):
+                return real.fileno()
+
+            def accept(self):
+                if failures:
+                    raise failures.pop()
+                return real.accept()
+
+            def close(self):
+                real.close()
+        with self.assertLogs("msmtpd", "ERROR") as logs:
+            with Client(server) as client:     # has woken the thread that polls
+                client.open()
+            server._listeners[0] = Listener()
+            with Client(server) as client:
+                client.open()
+            with Client(server) as client:
+                self.assertEqual(client.open()[:3], "250")
+        self.assertEqual(failures, [])
+        self.assertEqual(len(logs.output), 1)
+
+    def test_threads_may_be_not_to_be_had(self):
+        server = self.serve()
+        with mock.patch.object(threading.Thread, "start", side_effect=RuntimeError("no")), \
+                self.assertLogs("msmtpd", "ERROR") as logs:
+            for _ in range(3):
+                with Client(server) as client:
+                    self.assertEqual(client.open()[:3], "250")
+                    client.do("QUIT")
+        self.assertEqual(len(logs.output), 1)
+        with Client(server) as first, Client(server) as second:
+            self.assertEqual((first.open()[:3], second.open()[:3]), ("250", "250"))
+
+    def test_dual_stack(self):
+        try:
+            server = self.serve(host="::")
+        except OSError:
+            self.skipTest("no IPv6")
+        for host in ("127.0.0.1", "::1"):
+            with Client((host, server.port)) as client:
+                client.open("MAIL FROM:<a@b>", "RCPT TO:<c@d>", "DATA", "x\r\n.")
+            self.assertEqual(self.mails[-1].peer.host, host)
+
+    def test_several_interfaces_share_a_free_port(self):
+        try:
+            server = self.serve(host=("127.0.0.1", "::", "127.0.0.1"))
+        except OSError:
+            self.skipTest("no IPv6")
+        self.assertEqual([peer.host for peer in server.addresses], ["127.0.0.1", "::"])
+        for host in ("127.0.0.1", "::1"):
+            with Client((host, server.port)) as client:
+                self.assertEqual(client.open()[:3], "250")
+
+
+# The program
+
+class Options(ProgramCase):
+    """What the program says before it serves."""
+
+    def test_version_and_help(self):
+        done = self.run_program("--version")
+        self.assertEqual((done.returncode, done.stdout.decode()),
+                         (0, "msmtpd.py %s\n" % msmtpd.__version__))
+        done = self.run_program("--help")
+        text = done.stdout.decode()
+        self.assertEqual(done.returncode, 0)
+        self.assertLessEqual(max(map(len, text.splitlines())), 80)
+        for name in ("version help inetd interface port log command auth max-size max-sessions "
+                     "timeout delivery-timeout received debug tls-cert-file tls-key-file "
+                     "tls-starttls").split():
+            self.assertIn("--" + name, text)
+
+    def test_refusals(self):
+        for arguments, words in (
+                (["--port=65536"], "--port"), (["--port=x"], "--port"), (["--port="], "--port"),
+                (["--port", "-1"], "--port"), (["--interface="], "--interface"),
+                (["--interface=localhost", "--port=0"], "localhost is no IP address"),
+                (["--interface=300.1.1.1", "--port=0"], "300.1.1.1 is no IP address"),
+                (["--interface=192.0.2.1", "--port=0"], "cannot listen on 192.0.2.1"),
+                (["--command="], "--command"), (["--command= "], "empty"),
+                (["--command=cat;"], "ends in ;"), (["--command=cat 'x"], "Unterminated|unexpected"),
+                (["--command=a\nb"], "one line"), (["--log="], "--log"),
+                (["--log=/nonexistent/log"], "/nonexistent/log"), (["--auth="], "--auth"),
+                (["--auth=,x"], "--auth"), (["--auth=x,"], "--auth"),
+                (["--auth=x,false"], "exit status 1"), (["--auth=x,true"], "no password"),
+                (["--auth=x,echo"], "no password"), (["--max-size=x"], "--max-size"),
+                (["--max-size=-1"], "--max-size"), (["--max-sessions=0"], "--max-sessions"),
+                (["--timeout=0"], "--timeout"), (["--timeout=nan"], "--timeout"),
+                (["--delivery-timeout=x"], "--delivery-timeout"), (["--received=no"], "--received"),
+                (["--tls-cert-file=/nonexistent/c"], "/nonexistent/c"),
+                (["--tls-key-file=/x"], "--tls-cert-file"), (["--prot=25"], "--port"),
+                (["word"], "word"), (["-p", "25"], "-p"), (["--in"], "ambiguous"),
+                (["--tls-starttls=maybe"], "--tls-starttls")):
+            with self.subTest(arguments):
+                done = self.run_program(*arguments)
+                self.assertEqual((done.returncode, done.stdout), (3, b""))
+                text = done.stderr.decode()
+                self.assertRegex(text, r"\Amsmtpd: .*\n\Z")
+                self.assertRegex(text, words)
+
+    def test_both_forms_and_abbreviations(self):
+        daemon = self.start("--po", "0", "--inter", "127.0.0.1", "--command", self.capture,
+                            "--max-siz=1K", "--lo=" + self.log)
+        with Client(daemon) as client:
+            client.reply()
+            client.send("EHLO x\r\n")
+            self.assertIn("250-SIZE 1024", client.reply())
+        self.assertEqual(self.stop(daemon)[0], 0)
+
+    def test_warnings(self):
+        for arguments, words in ((["--command=nosuchprogram %F --"], "nosuchprogram"),
+                                 (["--command=cat # %F"], "comment"),
+                                 (["--interface=0.0.0.0"], "--auth")):
+            with self.subTest(arguments):
+                daemon = self.start(*arguments)
+                status, errors = self.stop(daemon)
+                self.assertEqual(status, 0)
+                self.assertRegex(errors, r"\Amsmtpd: warning: .*%s.*\n\Z" % words)
+                self.assertRegex(self.logged(), "warning: .*" + words)
+                os.remove(self.log)
+
+    def test_port_in_use(self):
+        with socket.socket() as taken:
+            taken.bind(("127.0.0.1", 0))
+            taken.listen()
+            done = self.run_program("--port=%d" % taken.getsockname()[1])
+        self.assertEqual(done.returncode, 3)
+        self.assertIn(b"in use", done.stderr)
+
+
+class Daemon(ProgramCase):
+    """The program as a service."""
+
+    def test_mail_goes_through(self):
+        daemon = self.start()
+        self.assertEqual(self.send(daemon, "Subject: x\n\n..\n"), "250 2.0.0 Delivered")
+        arguments, data = self.delivered()[0]
+        self.assertEqual(arguments, ["-f", "a@example.org", "--", "b@example.org"])
+        self.assertRegex(data.decode(), r"\AReceived: from client.example \(\[127.0.0.1\]\)\n"
+                         r"\tby localhost \(msmtpd\) with ESMTP;\n\t.*\nSubject: x\n\n\.\n\Z")
+        self.assertEqual(self.stop(daemon), (0, ""))
+        self.assertRegex(self.logged(), r"(?m)^\d{4}-\d\d-\d\d \d\d:\d\d:\d\d msmtpd\[%d\] info: "
+                         r"session 1: mail from=<a@example.org> to=<b@example.org> size=%d "
+                         r"status=sent exit=0 seconds=\d+\.\d+$" % (daemon.pid, len(data)))
+
+    def test_what_became_of_a_mail(self):
+        script = self.script("fail", "#!/bin/sh\necho broken >&2; exit $1\n")
+        for status, reply, word in ((1, "554 5.3.0", "failed"), (75, "451 4.3.0", "deferred")):
+            daemon = self.start("--command=%s %d" % (script, status), "--received=off")
+            self.assertEqual(self.send(daemon), reply + " Command failed (exit %d): broken" % status)
+            self.stop(daemon)
+            self.assertRegex(self.logged(), r"error: session 1: broken\n.* size=17 status=%s "
+                             r"exit=%d seconds=" % (word, status))
+            os.remove(self.log)
+
+    def test_without_a_log_its_words_go_to_standard_error(self):
+        script = self.script("fail", "#!/bin/sh\necho broken >&2; exit 1\n")
+        port = free_port()
+        daemon = self.start("--port=%d" % port, "--command=" + script, log=False)
+        wait_for(lambda: can_connect(port), "the daemon")
+        self.send(("127.0.0.1", port))
+        self.assertRegex(self.stop(daemon)[1], r"\Amsmtpd: session \d: broken\n\Z")
+
+    def test_values_in_the_log_are_escaped_and_cut(self):
+        daemon = self.start()
+        with Client(daemon) as client:
+            client.open("MAIL FROM:<%s@b> SMTPUTF8" % ("x" * 300), "RCPT TO:<\u00fc\u0301@b>", "DATA",
+                        "x\r\n.")
+        self.stop(daemon)
+        self.assertIn("from=<%s>" % ("x" * 200), self.logged())
+
+    def test_debug_shows_the_dialogue_but_no_secret(self):
+        daemon = self.start("--debug", "--auth=user,echo secret")
+        with Client(daemon) as client:
+            client.open("AUTH PLAIN " + encoded("\0user\0wrong"), "AUTH LOGIN", encoded("user"),
+                        encoded("secret"), "AUTH PLAIN " + encoded("\0user\0secret"),
+                        encoded("secret"), "AUTH " + encoded("secret"), "MAIL FROM:<a@b>", "QUIT")
+        self.stop(daemon)
+        self.assertIn("C: MAIL FROM:<a@b>", self.logged())
+        self.assertIn("S: 250 2.1.0 Sender accepted", self.logged())
+        for secret in ("secret", encoded("secret"), "wrong", encoded("\0user\0secret")[:8]):
+            self.assertNotIn(secret, self.logged())
+
+    def test_log_is_reopened(self):
+        for change in (lambda: None, lambda: daemon.send_signal(signal.SIGHUP)):
+            daemon = self.start()
+            os.rename(self.log, self.log + ".1")
+            change()
+            self.send(daemon)
+            wait_for(lambda: "status=sent" in self.logged(), "the new log")
+            self.stop(daemon)
+            os.remove(self.log)
+
+    def test_a_log_that_fails_changes_no_reply(self):
+        folder = os.path.join(self.folder, "logs")
+        os.mkdir(folder)
+        self.log = os.path.join(folder, "log")
+        daemon = self.start()
+        shutil.rmtree(folder)
+        self.assertEqual(self.send(daemon)[:3], "250")
+        os.mkdir(folder)
+        self.assertEqual(self.send(daemon)[:3], "250")
+        wait_for(lambda: "status=sent" in self.logged(), "the log")
+        self.assertEqual(self.stop(daemon), (0, ""))
+
+    def test_log_on_standard_error(self):
+        port = free_port()
+        daemon = self.start("--port=%d" % port, "--log=-", log=False)
+        wait_for(lambda: can_connect(port), "the daemon")
+        self.assertRegex(self.stop(daemon)[1], r"info: listening on \[127.0.0.1\]:%d" % port)
+
+    def test_path_where_there_is_none(self):
+        script = self.script("path", "#!/bin/sh\n/usr/bin/env > %s/env\n" % self.folder)
+        daemon = self.start("--command=" + script, env={})
+        self.send(daemon)
+        with open(os.path.join(self.folder, "env"), encoding="ascii") as file:
+            self.assertIn("PATH=%s\n" % msmtpd.DEFAULT_PATH, file.read())
+
+    def test_terminal(self):
+        import pty
+        master, slave = pty.openpty()
+        self.addCleanup(os.close, master)
+        daemon = self.start("--command=cat -- ", stderr=slave)
+        os.close(slave)
+        self.assertTrue(select.select([master], [], [], PATIENCE)[0])
+        line = os.read(master, 1000).decode()
+        self.assertIn("listening on [127.0.0.1]:%d, piping mails to: cat --" % daemon.port, line)
+        self.assertEqual(line.count("\n"), 1)
+
+    def test_inherited_sockets(self):
+        with socket.socket() as listener:
+            listener.bind(("127.0.0.1", 0))
+            listener.listen()
+            port = listener.getsockname()[1]
+            # A shell puts the socket where systemd does, and keeps its process id for exec.
+            text = 'exec 3<&%d; LISTEN_FDS=1 LISTEN_PID=$$ exec "$@"' % listener.fileno()
+            process = subprocess.Popen(
+                ["bash", "-c", text, "sh", sys.executable, PROGRAM, "--log=" + self.log,
+                 "--command=%s; env > %s/env; :" % (self.capture, self.folder)],
+                pass_fds=[listener.fileno()], stderr=subprocess.PIPE)
+            self.addCleanup(self.end, process)
+        self.assertEqual(self.send(("127.0.0.1", port))[:3], "250")
+        with open(os.path.join(self.folder, "env"), encoding="ascii") as file:
+            self.assertNotIn("LISTEN_", file.read())
+        self.assertEqual(self.stop(process), (0, ""))
+
+    def test_readiness(self):
+        path = os.path.join(self.folder, "notify")
+        with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as notify:
+            notify.bind(path)
+            notify.settimeout(PATIENCE)
+            daemon = self.start(env={**os.environ, "NOTIFY_SOCKET": path})
+            self.assertEqual(notify.recv(100), b"READY=1")
+            self.stop(daemon)
+            self.assertEqual(notify.recv(100), b"STOPPING=1")
+
+
+def free_port():
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def can_connect(port):
+    with socket.socket() as probe:
+        return probe.connect_ex(("127.0.0.1", port)) == 0
+
+
+class Shutdown(ProgramCase):
+    """The client's view and the delivered mails always agree."""
+
+    def test_idle(self):
+        for number in (signal.SIGTERM, signal.SIGINT):
+            daemon = self.start()
+            with Client(daemon) as greeted, Client(daemon) as in_transaction:
+                greeted.reply()
+                in_transaction.open("MAIL FROM:<a@b>", "RCPT TO:<c@d>")
+                self.assertEqual(self.stop(daemon, number)[0], 0)
+                self.assertEqual(greeted.rest()[:9], "421 4.3.2")
+                self.assertEqual(in_transaction.rest()[:9], "421 4.3.2")
+            self.assertFalse(can_connect(daemon.port))
+            os.remove(self.log)
+
+    def test_in_mail_data(self):
+        daemon = self.start()
+        with Client(daemon) as client:
+            client.open("MAIL FROM:<a@b>", "RCPT TO:<c@d>", "DATA")
+            client.send("half\r\n")
+            daemon.send_signal(signal.SIGTERM)
+            wait_for(lambda: not can_connect(daemon.port), "the end of listening")
+            self.assertEqual(client.do("whole\r\n."), "250 2.0.0 Delivered")
+            self.assertEqual(client.rest()[:9], "421 4.3.2")
+        self.assertEqual(daemon.wait(PATIENCE), 0)
+        self.assertEqual(without_trace(self.delivered()[0][1]), b"half\nwhole\n")
+
+    def test_while_the_command_runs(self):
+        go = os.path.join(self.folder, "go")
+        script = self.script("slow", "#!/bin/sh\ntouch %s.on\nuntil test -e %s; do sleep 0.02; done\n"
+                             "exec %s\n" % (go, go, self.capture))
+        daemon = self.start("--command=" + script)
+        with Client(daemon) as client:
+            client.open("MAIL FROM:<a@b>", "RCPT TO:<c@d>", "DATA")
+            client.send("x\r\n.\r\n")
+            wait_for(lambda: os.path.exists(go + ".on"), "the command")
+            daemon.send_signal(signal.SIGTERM)
+            wait_for(lambda: not can_connect(daemon.port), "the end of listening")
+            with open(go, "w", encoding="ascii"):
+                pass
+            self.assertEqual(client.reply(), ["250 2.0.0 Delivered"])
+            self.assertEqual(client.rest()[:9], "421 4.3.2")
+        self.assertEqual(daemon.wait(PATIENCE), 0)
+        self.assertEqual(len(self.delivered()), 1)
+
+    def test_second_signal(self):
+        script = self.script("slow", "#!/bin/sh\ntouch %s/on\nsleep 60\nexec %s\n"
+                             % (self.folder, self.capture))
+        daemon = self.start("--command=" + script)
+        with Client(daemon) as client:
+            client.open("MAIL FROM:<a@b>", "RCPT TO:<c@d>", "DATA")
+            client.send("x\r\n.\r\n")
+            wait_for(lambda: os.path.exists(os.path.join(self.folder, "on")), "the command")
+            daemon.send_signal(signal.SIGTERM)
+            wait_for(lambda: not can_connect(daemon.port), "the end of listening")
+            self.assertEqual(self.stop(daemon)[0], 1)
+            self.assertEqual(client.rest(), "")
+        self.assertEqual(self.delivered(), [])
+
+
+class Inetd(ProgramCase):
+    """One session on standard input and output."""
+
+    DIALOGUE = (b"EHLO x\r\nMAIL FROM:<a@b>\r\nRCPT TO:<c@d>\r\nDATA\r\nx\r\n.\r\n", b"QUIT\r\n")
+
+    def run_inetd(self, data, *arguments, **options):
+        return self.run_program("--inetd", "--command=%s --" % self.capture, *arguments,
+                                input=data, **options)
+
+    def test_pipes(self):
+        done = self.run_inetd(b"".join(self.DIALOGUE))
+        self.assertEqual((done.returncode, done.stderr), (0, b""))
+        self.assertTrue(done.stdout.startswith(b"220 localhost ESMTP msmtpd\r\n250-"))
+        self.assertTrue(done.stdout.endswith(b"250 2.0.0 Delivered\r\n221 2.0.0 Goodbye\r\n"))
+        self.assertEqual(self.delivered()[0][1][:20], b"Received: from x\n\tby")
+
+    def test_exit_status(self):
+        fails = "--command=cat >/dev/null; exit 75"
+        for data, arguments, status in (
+                (b"", (), 0), (b"EHLO x\r\n", (), 0), (b"QUIT\r\n", (), 0),
+                (b"EHLO x\r\nMAIL FROM:<a@b>\r\n", (), 1), (self.DIALOGUE[0], (), 0),
+                (self.DIALOGUE[0][:-3], (), 1), (b"GET / HTTP/1.0\r\n", (), 1),
+                (b"".join(self.DIALOGUE), (fails,), 1), (b"FROB\r\n" * 10, (), 1)):
+            with self.subTest(data[-20:], arguments=arguments):
+                self.assertEqual(self.run_inetd(data, *arguments).returncode, status)
+
+    def test_socket(self):
+        ours, theirs = socket.socketpair()
+        with ours, theirs:
+            process = subprocess.Popen(
+                [sys.executable, PROGRAM, "--inetd", "--command=%s; echo out; echo err >&2; exit 1"
+                 % self.capture, "--log=" + self.log], stdin=theirs, stdout=theirs, stderr=theirs)
+            self.addCleanup(self.end, process)
+            theirs.close()
+            ours.settimeout(PATIENCE)
+            ours.sendall(b"".join(self.DIALOGUE))
+            replies = ours.makefile("rb").read()
+        self.assertEqual(process.wait(PATIENCE), 1)
+        self.assertTrue(replies.endswith(b"\r\n554 5.3.0 Command failed (exit 1): err\r\n"
+                                         b"221 2.0.0 Goodbye\r\n"), replies)
+        self.assertEqual(len(self.delivered()), 1)
+
+    def test_peer_of_a_socket(self):
+        with socket.create_server(("127.0.0.1", 0)) as listener, \
+                socket.create_connection(listener.getsockname()) as ours:
+            theirs = listener.accept()[0]
+            with theirs:
+                process = subprocess.Popen([sys.executable, PROGRAM, "--inetd", "--command="
+                                            + self.capture], stdin=theirs, stdout=theirs)
+                self.addCleanup(self.end, process)
+            ours.sendall(b"".join(self.DIALOGUE))
+            ours.makefile("rb").read()
+        self.assertEqual(process.wait(PATIENCE), 0)
+        self.assertIn(b"from x ([127.0.0.1])\n", self.delivered()[0][1])
+
+    def test_person_at_a_terminal(self):
+        import pty
+        import tty
+        master, slave = pty.openpty()
+        self.addCleanup(os.close, master)
+        tty.setraw(slave)
+        process = subprocess.Popen([sys.executable, PROGRAM, "--inetd", "--command=" + self.capture],
+                                   stdin=slave, stdout=slave, stderr=slave)
+        self.addCleanup(self.end, process)
+        os.close(slave)
+        os.write(master, b"HELO me\nMAIL FROM:me\nRCPT TO:you\nDATA\nHello\n.\nQUIT\n")
+        self.assertEqual(process.wait(PATIENCE), 0)
+        self.assertEqual(without_trace(self.delivered()[0][1]), b"Hello\n")
+
+    def test_refusal_is_told_to_the_client_and_the_log(self):
+        done = self.run_inetd(b"", "--auth=x,false", "--log=" + self.log)
+        self.assertEqual((done.returncode, done.stdout[:10]), (3, b"421 4.3.0 "))
+        self.assertIn("error: the password command failed", self.logged())
+        done = self.run_inetd(b"", "--frob")
+        self.assertEqual((done.returncode, done.stdout[:10]), (3, b"421 4.3.0 "))
+
+    def test_signal(self):
+        process = subprocess.Popen([sys.executable, PROGRAM, "--inetd", "--command=cat"],
+                                   stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+        self.addCleanup(self.end, process)
+        self.assertEqual(process.stdout.readline(), b"220 localhost ESMTP msmtpd\r\n")
+        process.send_signal(signal.SIGTERM)
+        self.assertEqual(process.stdout.read()[:9], b"421 4.3.2")
+        self.assertEqual(process.wait(PATIENCE), 1)
+
+    def test_closed_descriptors(self):
+        for closed in ("2>&-", "<&- >&- 2>&-"):
+            status = subprocess.run(["sh", "-c", 'exec "$@" ' + closed, "sh", sys.executable, PROGRAM,
+                                     "--inetd"], stdin=subprocess.DEVNULL,
+                                    stdout=subprocess.DEVNULL, timeout=PATIENCE, check=False)
+            self.assertEqual(status.returncode, 0, closed)
 
 
 if __name__ == "__main__":

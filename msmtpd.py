@@ -26,6 +26,7 @@ from __future__ import annotations
 import base64
 import binascii
 import collections
+import contextlib
 import io
 import itertools
 import os
@@ -118,11 +119,6 @@ class Reply:
     def __repr__(self) -> str:
         return "Reply(%d, %r, %s)" % (self.code, self.enhanced, ", ".join(map(repr, self.lines)))
 
-    @property
-    def is_protocol_error(self) -> bool:
-        """Whether the client misused the protocol, which RFC 3463 3.6 calls X.5.X."""
-        return self.enhanced.startswith("5.5.")
-
 
 class Refused(Exception):
     """Raised by a verb's method to answer with `reply` and go on with the session."""
@@ -155,7 +151,8 @@ class _Failure(Exception):
         if code is not None and not (isinstance(code, int) and code // 100 == self.digit):
             raise ValueError("%s takes codes %d00 to %d99, not %r"
                              % (type(self).__name__, self.digit, self.digit, code))
-        if enhanced is not None and not re.fullmatch(r"%d\.\d{1,3}\.\d{1,3}" % self.digit, enhanced):
+        if enhanced is not None and not re.fullmatch(
+                r"%d(\.[0-9]{1,3}){2}" % self.digit, enhanced):
             raise ValueError("%s takes enhanced codes %d.X.X, not %r"
                              % (type(self).__name__, self.digit, enhanced))
         self.code, self.enhanced, self.details = code, enhanced, details
@@ -325,7 +322,8 @@ def _shown(value: str) -> str:
 # for underscores in domains.
 _ATEXT = r"""[^\x00-\x20\x7f"(),:;<>@\[\\\]]"""
 _LOCAL_PART = r"""(?:%s+|"(?:[^\x00-\x1f\x7f"\\]|\\[ -~])*")""" % _ATEXT
-_LETTER = r"[0-9A-Za-z_\x80-\U0010ffff]"
+# Named by what it is not: a set that reaches to U+10FFFF takes 45 ms to compile.
+_LETTER = r"[^\x00-/:-@\[-^`{-\x7f]"
 _LABEL = r"%s(?:(?:%s|-)*%s)?" % (_LETTER, _LETTER, _LETTER)
 _LITERAL = (r"\[(?:\d{1,3}(?:\.\d{1,3}){3}|IPv6:[0-9A-Fa-f:.]+"
             r"|(?!IPv6:)[0-9A-Za-z-]*[0-9A-Za-z]:[!-Z^-~]+)\]")
@@ -841,7 +839,7 @@ class Session:
             reason, reply = "the server stops", Reply(421, "4.3.2", "Shutting down")
         except TLSHello:
             reason = "the client spoke TLS to a plain port"
-        except (Exception, SystemExit):
+        except BaseException:
             self._log.error("session %d: internal error", self.number, exc_info=True)
             reason, reply = "internal error", Reply(421, "4.3.0", "Internal error")
         clean = not (self.mail or self._undelivered or reply and reply.code == 421)
@@ -858,12 +856,10 @@ class Session:
         self._write(Reply(220, "", "localhost ESMTP msmtpd"))
         while True:
             reply = self._answer()
-            if reply is None:
-                continue
-            self._errors += reply.is_protocol_error
-            if self._errors >= MAX_ERRORS:
-                raise Disconnect(Reply(421, "4.7.0", "Too many errors"), "too many errors")
-            self._write(reply)
+            if reply is not None:
+                if reply.code == 421:       # it closes the channel: RFC 5321 3.8
+                    raise Disconnect(reply)
+                self._write(reply)
 
     def _answer(self) -> Optional[Reply]:
         """Read one command and return what it is answered, None for nothing more."""
@@ -875,6 +871,10 @@ class Session:
             reply: Optional[Reply] = getattr(self, method)(argument)
             return reply
         except Refused as refusal:
+            # RFC 3463 3.6: X.5.X is what went wrong with the protocol.
+            self._errors += refusal.reply.enhanced.startswith("5.5.")
+            if self._errors >= MAX_ERRORS:
+                raise Disconnect(Reply(421, "4.7.0", "Too many errors"), "too many errors") from None
             return refusal.reply
 
     def _read_command(self) -> Tuple[str, str]:
@@ -1107,7 +1107,7 @@ class Session:
             self._settings.check(address, mail)
         except _Failure as failure:
             raise Refused(failure.reply(553, detail, "Address refused")) from None
-        except (Exception, SystemExit):
+        except BaseException:
             self._error("check raised", exc_info=True)
             raise Refused(Reply(451, "4.3.0", "Internal error")) from None
 
@@ -1163,7 +1163,7 @@ class Session:
         self._wire.flush()
         try:
             accepted = self._authenticator.verify(user, password)
-        except (Exception, SystemExit) as error:
+        except BaseException as error:
             # Its text might hold the password, and so might a traceback's.
             self._error("authenticate raised %s", type(error).__name__)
             return Reply(454, "4.7.0", "Cannot authenticate now")
@@ -1228,7 +1228,7 @@ class Session:
             for line in failure.details:
                 self._error("%s", _shown(line))
             reply = failure.reply(554, "3.0", "Delivery failed")
-        except (Exception, SystemExit):
+        except BaseException:
             self._error("deliver raised", exc_info=True)
             reply = Reply(451, "4.3.0", "Internal error")
         if self._wire.has_left():
@@ -1339,8 +1339,8 @@ class Command:
 
     def check(self, address: str, mail: object = None) -> None:
         """Raise PermanentFailure where anything on its way could read `address` as code."""
-        if address.startswith("-"):
-            raise PermanentFailure("Address begins with a hyphen", 553)
+        if address.startswith(("-", "|")) or "/" in address and "@" not in address:
+            raise PermanentFailure("Address could be an option, a program or a file", 553)
         if self._reparsed and not is_inert(address):
             raise PermanentFailure("Address not safe here: " + self._reparsed, 553)
 
@@ -1666,10 +1666,10 @@ def smtpd_handler(process_message: Callable[..., Optional[str]], *,
             reply = process_message(mail.peer, mail.sender, mail.recipients, data,
                                     mail_options=["SMTPUTF8"] if mail.smtputf8 else [],
                                     rcpt_options=[])
-        match = re.match(r"([45]\d\d)(?: +([45]\.\d+\.\d+))? *(.*)", reply or "")
+        match = re.match(r"(([45])[0-9]{2})(?: +(\2(?:\.[0-9]{1,3}){2}))? *(.*)", reply or "")
         if match:
-            failure = TemporaryFailure if match.group(1) < "5" else PermanentFailure
-            raise failure(match.group(3), int(match.group(1)), match.group(2))
+            failure = TemporaryFailure if match.group(2) == "4" else PermanentFailure
+            raise failure(match.group(4), int(match.group(1)), match.group(3))
     return deliver
 
 
@@ -1693,7 +1693,7 @@ class Server:
     timeout: seconds that a client may be silent. log: a logging.Logger, "msmtpd" if not given.
 
     Once started, `host` and `port` are those of the first socket, `addresses` those of all. Raises OSError, also for a host
-    that is no IP address, where it cannot listen.
+    that is no IP address, where it cannot listen, and ValueError for a port that is none.
     """
 
     def __init__(self, deliver: Deliver, host: Union[str, Sequence[str]] = "127.0.0.1",
@@ -1705,6 +1705,8 @@ class Server:
                  sockets: Sequence[socket.socket] = (), log: Optional[Log] = None) -> None:
         import threading
         self._hosts = [host] if isinstance(host, str) else list(dict.fromkeys(host))
+        if not self._hosts or not 0 <= port <= 65535:
+            raise ValueError("cannot listen on %r, port %r" % (host, port))
         self.host, self.port = self._hosts[0], port
         self.addresses: List[Peer] = []
         self.tls = tls
@@ -1734,21 +1736,24 @@ class Server:
 
     def start(self) -> None:
         """Listen and serve, in threads of the server's own. Raises OSError, RuntimeError."""
-        if self._slots:
-            raise RuntimeError("the server has been started already")
         import socket
+        if self._slots and self._slots.drain_until is None:
+            raise RuntimeError("the server has been started already")
+        self._finish()      # where a deliver has stopped it
         self._listeners = list(self._sockets) or _listen(self._hosts, self._port)
-        for listener in self._listeners:
-            listener.setblocking(False)
-        self.addresses = [peer_of(listener.getsockname()) for listener in self._listeners]
-        if self.addresses[0].host:
-            self.host, self.port = self.addresses[0]
-        self._authenticator = self._authenticate and Authenticator(self._authenticate)
-        self._slots = Slots(*socket.socketpair())
         try:
+            for listener in self._listeners:
+                listener.setblocking(False)
+            self.addresses = [peer_of(listener.getsockname()) for listener in self._listeners]
+            if self.addresses[0].host:
+                self.host, self.port = self.addresses[0]
+            self._authenticator = self._authenticate and Authenticator(self._authenticate)
+            self._slots = Slots(*socket.socketpair())
             self._hire(self._slots)
-        except RuntimeError:
-            self.stop()
+        except BaseException:
+            self._slots = None
+            for listener in self._listeners:
+                listener.close()
             raise
 
     def drain(self, grace: float, patience: float) -> None:
@@ -1758,7 +1763,9 @@ class Server:
         still runs `patience` seconds later is left behind.
         """
         if self._slots:
-            self._leave_at = time.monotonic() + grace + patience
+            leave_at = time.monotonic() + grace + patience
+            self._leave_at = (leave_at if self._slots.drain_until is None
+                              else min(leave_at, self._leave_at))
             self._slots.drain(grace)
 
     def stop(self, grace: float = 1.0, patience: float = 0.5) -> None:
@@ -1767,8 +1774,7 @@ class Server:
         A `deliver` that does not return in time is logged, and its thread left behind; a
         `deliver` that calls this is not waited for.
         """
-        if self._slots and self._slots.drain_until is None:
-            self.drain(grace, patience)
+        self.drain(grace, patience)
         self._finish()
 
     def serve_forever(self, stopping: Callable[[], object] = lambda: None) -> None:
@@ -1780,7 +1786,8 @@ class Server:
             self.start()
         slots = self._slots
         while slots and slots.drain_until is None:
-            _poll((slots.descriptor,), (), None)
+            with _woken_by_signals() as wakened:
+                _poll((slots.descriptor, wakened), (), None)
         stopping()
         self._finish()
 
@@ -1806,10 +1813,12 @@ class Server:
         with self._door:        # who stood there has left
             for listener in self._listeners:
                 listener.close()
+        if threading.current_thread() in self._threads:
+            return              # a deliver, which waits for nobody
         for thread in list(self._threads):
-            if thread is threading.current_thread():
-                continue
-            thread.join(max(0.0, self._leave_at - time.monotonic()))
+            while thread.is_alive() and time.monotonic() < self._leave_at:
+                # In turns, since a signal that the kernel gave to another thread wakes nobody.
+                thread.join(min(0.5, self._leave_at - time.monotonic()))
             if thread.is_alive():
                 self._log.error("left behind: %s, whose deliver does not return", thread.name)
         with self._count:
@@ -1839,12 +1848,13 @@ class Server:
             client, name = accepted
             try:
                 self._serve(client, name, slots)
-            except (Exception, SystemExit):
+            except BaseException:
                 self._log.error("session ended by an error", exc_info=True)
             finally:
                 client.close()
                 with self._count:
-                    self._idle += 1
+                    if self._slots is slots:    # and not one that was started after it
+                        self._idle += 1
                     slots.full = False
 
     def _accept(self, slots: Slots) -> Optional[Tuple[socket.socket, object]]:
@@ -1899,6 +1909,28 @@ class Server:
                       peer_of(name)).run()
 
 
+@contextlib.contextmanager
+def _woken_by_signals() -> Iterator[int]:
+    """A descriptor that is ready once a signal has come, in the main thread.
+
+    The kernel may give it to any thread, but Python handles it in that one, which would sleep on.
+    """
+    import signal
+    import socket
+    import threading
+    reader, writer = socket.socketpair()
+    writer.setblocking(False)
+    is_main = threading.current_thread() is threading.main_thread()
+    before = signal.set_wakeup_fd(writer.fileno()) if is_main else -1
+    try:
+        yield reader.fileno()
+    finally:
+        if is_main:
+            signal.set_wakeup_fd(before)
+        reader.close()
+        writer.close()
+
+
 def peer_of(name: object) -> Peer:
     """The Peer that a socket's address stands for."""
     if not isinstance(name, tuple):
@@ -1922,7 +1954,6 @@ def _peer_behind(descriptor: int) -> Peer:
 
 def _listen(hosts: Sequence[str], port: int) -> List[socket.socket]:
     """Return sockets that listen on all of `hosts`; where `port` is 0, on one free port."""
-    import contextlib
     import socket
     with contextlib.ExitStack() as opened:
         listeners: List[socket.socket] = []
@@ -1963,7 +1994,7 @@ def _library_log() -> logging.Logger:
 DEFAULT_PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 
 HELP = """\
-msmtpd hands each mail that it gets by SMTP to a command. The first %%F in the
+msmtpd hands each mail that it gets by SMTP to a command. The first %F in the
 command becomes the sender; the recipients are appended as arguments."""
 
 HELP_END = """\
@@ -1982,16 +2013,19 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
     _settle(inetd)
     log: Log = ErrorsOnly()
     try:
+        if inetd:       # where only the log can tell what is wrong with the options
+            for target in (word[6:] for word in arguments if word.startswith("--log=")):
+                log = _open_log(target, False)
         options = _parse_options(arguments)
         log = _open_log("-" if options.debug and options.log == "none" else options.log,
                         options.debug)
         return (_run_inetd if options.inetd else _run_daemon)(options, log)
-    except StartError as error:
-        log.error("%s", error)
+    except (StartError, KeyboardInterrupt, EOFError) as error:
+        log.error("%s", str(error) or "interrupted before the start")
         if inetd:
             os.write(1, b"421 4.3.0 Cannot start; the log says why\r\n")
         elif not isinstance(log, ErrorsOnly):
-            ErrorsOnly().error("%s", error)
+            ErrorsOnly().error("%s", str(error) or "interrupted before the start")
         return 3
 
 
@@ -2164,7 +2198,7 @@ def _open_log(target: str, debug: bool) -> Log:
             handler = (logging.StreamHandler(open(2, "w", encoding="utf-8", closefd=False))
                        if target == "-" else File(target, encoding="utf-8"))
         except OSError as error:
-            raise StartError("cannot open the log: %s" % error) from None
+            raise StartError("cannot open the log %s: %s" % (target, error.strerror)) from None
         handler.setFormatter(LowerCase("%(asctime)s msmtpd[%(process)d] %(level)s: %(message)s",
                                        "%Y-%m-%d %H:%M:%S"))
     logging.raiseExceptions = False     # a log that fails must not fill standard error
@@ -2245,8 +2279,9 @@ def _run_lookup(*arguments: str) -> Tuple[str, str]:
     except (OSError, subprocess.TimeoutExpired) as error:
         return "", "%s: %s" % (arguments[0], error)
     password = done.stdout.decode("utf-8", "replace").split("\n")[0]
-    errors = done.stderr.decode("utf-8", "replace").strip() or "no such entry"
-    return password, "%s: %s" % (arguments[0], _shown(errors))
+    errors = done.stderr.decode("utf-8", "replace").strip()
+    why_not = _shown(errors) or "no such entry, or the key ring is locked"
+    return password, "%s: %s" % (arguments[0], why_not)
 
 
 def _ask_secret_tool(user: str) -> Tuple[str, str]:
@@ -2293,7 +2328,7 @@ def _load_certificate(context: ssl.SSLContext, certificate: str, key: Optional[s
         try:
             open(name, "rb").close()
         except OSError as error:
-            raise StartError("cannot read the TLS file: %s" % error) from None
+            raise StartError("cannot read %s: %s" % (name, error.strerror)) from None
     try:
         context.load_cert_chain(certificate, key, refuse)
     except OSError as error:            # ssl.SSLError is one
@@ -2320,7 +2355,7 @@ def _make_server(options: argparse.Namespace, log: Log,
                     authenticate=authenticate, tls=tls, starttls=options.tls_starttls == "on",
                     received=options.received == "on", max_size=options.max_size,
                     max_sessions=options.max_sessions, timeout=options.timeout,
-                    sockets=() if options.inetd else _inherited_sockets(), log=log)
+                    sockets=_inherited_sockets(options.inetd), log=log)
     for text in command.warnings:
         _warn(log, options, text)
     return server, command
@@ -2360,7 +2395,7 @@ def _run_daemon(options: argparse.Namespace, log: Log) -> int:
     if not options.auth and not all(peer.host is None or peer.host.startswith("127.")
                                     or peer.host == "::1" for peer in server.addresses):
         _warn(log, options, "anybody who reaches %s can send mail; think of --auth" % places)
-    if os.isatty(2):
+    if os.isatty(2) and options.log != "-":
         os.write(2, ("msmtpd: listening on %s, piping mails to: %s (to try it: nc %s %s; to stop "
                      "it: Ctrl-C)\n" % (places, options.command, server.host, server.port)).encode())
     notify = os.environ.pop("NOTIFY_SOCKET", "")
@@ -2398,15 +2433,15 @@ def _reload_on_signal(server: Server, log: Log, options: argparse.Namespace) -> 
                 _load_certificate(server.tls, options.tls_cert_file, options.tls_key_file)
             except StartError as error:
                 log.error("kept the certificate: %s", error)
-    if hasattr(signal, "SIGHUP"):
+    if hasattr(signal, "SIGHUP") and not os.isatty(2):      # or else the terminal was closed
         signal.signal(signal.SIGHUP, reload)
 
 
-def _inherited_sockets() -> List[socket.socket]:
+def _inherited_sockets(inetd: bool) -> List[socket.socket]:
     """The sockets that systemd passes (sd_listen_fds(3)). Raises StartError for unfit ones."""
     pid, number = os.environ.pop("LISTEN_PID", ""), os.environ.pop("LISTEN_FDS", "")
     os.environ.pop("LISTEN_FDNAMES", None)
-    if pid != str(os.getpid()) or not number.isdecimal():
+    if inetd or pid != str(os.getpid()) or not number.isdecimal():
         return []
     import socket
     sockets = []

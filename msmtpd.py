@@ -192,7 +192,8 @@ class Spool:
             memory, self._file = self._file, tempfile.TemporaryFile(prefix="msmtpd-")
             self.in_memory = False
             memory.seek(0)
-            self._file.write(memory.read())
+            for piece in iter(lambda: memory.read(CHUNK), b""):
+                self._file.write(piece)
         self._file.write(data)
         self._file.flush()      # now, not where nobody looks for an error any more
         self.size += len(data)
@@ -522,11 +523,15 @@ class Slots:
         self._reader, self._writer = wake_reader, wake_writer
         self.descriptor: int = wake_reader.fileno()
         self.full = False
-        self.drain_until: Optional[float] = None    # on time.monotonic()'s clock
+        # On time.monotonic()'s clock: until when mail data may come once the server stops, and
+        # until when a delivery is waited for.
+        self.drain_until: Optional[float] = None
+        self.leave_at = float("inf")
 
-    def drain(self, grace: float) -> None:
-        """End sessions that wait for a verb now, and those that read mail data in `grace` seconds."""
+    def drain(self, grace: float, patience: float) -> None:
+        """End sessions that wait for a verb now, those that read mail data in `grace` seconds."""
         until = time.monotonic() + grace
+        self.leave_at = min(self.leave_at, until + patience)
         self.drain_until = until if self.drain_until is None else min(self.drain_until, until)
         self._writer.close()
 
@@ -550,6 +555,7 @@ class Wire:
         self._slots, self._timeout = slots, timeout
         self._input = bytearray()
         self._output = bytearray()
+        self._unheard = False       # the client takes no more replies
 
     @classmethod
     def of_socket(cls, connection: socket.socket, slots: Slots, timeout: float) -> Wire:
@@ -629,15 +635,14 @@ class Wire:
 
     def has_left(self) -> bool:
         """Whether the client has closed its side, asked without waiting for it."""
-        if self._input or not _poll((self._source,), (), 0):
-            return False
         try:
-            self._input += self._pull(time.monotonic() + 1.0)
+            if not (self._unheard or self._input) and _poll((self._source,), (), 0):
+                self._input += self._pull(time.monotonic() + 1.0)
         except Gone:
             return True
-        except (Silent, Stopping):
+        except (Silent, Stopping, MemoryError):
             pass
-        return False
+        return self._unheard
 
     def close(self, farewell: bytes, linger: float) -> None:
         """Send `farewell` if the client takes it, and for `linger` seconds drop what it sends.
@@ -645,8 +650,9 @@ class Wire:
         Closing a socket with unread input resets it, and the client may never see the farewell.
         """
         deadline = time.monotonic() + max(linger, 1.0)
+        data, self._output = bytes(self._output) + farewell, bytearray()
         try:
-            self._push(bytes(self._output) + farewell, deadline)
+            self._push(data, deadline)
             if linger:
                 self._end_output()
             while linger and self._slots.drain_until is None:
@@ -670,14 +676,17 @@ class Wire:
             return data
 
     def _push(self, data: bytes, deadline: float) -> None:
-        """Send `data`, waiting where the client does not read it."""
-        while data:
+        """Send `data`, waiting where the client does not read it.
+
+        Where the client can hear no more, what it has sent before is still to be read.
+        """
+        while data and not self._unheard:
             try:
                 data = data[self._send(data):]
             except (BlockingIOError, InterruptedError):
                 self._wait((), (self._sink,), deadline)
-            except OSError as error:
-                raise Gone from error
+            except OSError:
+                self._unheard = True
 
     def _wait(self, readers: Tuple[int, ...], writers: Tuple[int, ...], deadline: float,
               idle: bool = False) -> None:
@@ -708,6 +717,7 @@ class TLSWire(Wire):
         import ssl
         super().__init__(plain._source, plain._sink, plain._receive, plain._send,
                          plain._end_output, plain._slots, plain._timeout)
+        self._plain = plain
         self._want_read = ssl.SSLWantReadError
         self._received, self._to_send = ssl.MemoryBIO(), ssl.MemoryBIO()
         self._tls = context.wrap_bio(self._received, self._to_send, server_side=True)
@@ -730,10 +740,8 @@ class TLSWire(Wire):
             self._tls.unwrap()      # TLS's own farewell (RFC 8446 6.1); the answer is not awaited
         except OSError:
             pass
-        self._output = bytearray()
         # Below TLS from here on: what the client still sends is dropped, not decrypted.
-        Wire(self._source, self._sink, self._receive, self._send, self._end_output, self._slots,
-             self._timeout).close(self._to_send.read(), linger)
+        self._plain.close(self._to_send.read(), linger)
 
     def _repeat(self, operation: Callable[[], Any], deadline: float, idle: bool) -> Any:
         """Call `operation` until it no longer wants to hear more from the client."""
@@ -840,7 +848,7 @@ class Session:
         except TLSHello:
             reason = "the client spoke TLS to a plain port"
         except BaseException:
-            self._log.error("session %d: internal error", self.number, exc_info=True)
+            self._error("internal error", exc_info=True)
             reason, reply = "internal error", Reply(421, "4.3.0", "Internal error")
         clean = not (self.mail or self._undelivered or reply and reply.code == 421)
         self._info("closed: %s", reason)
@@ -925,13 +933,16 @@ class Session:
         self._wire.write(bytes(reply))
 
     def _info(self, message: str, *values: object) -> None:
-        self._log.info("session %d: " + message, self.number, *values)
+        with contextlib.suppress(Exception):        # a log that fails changes no reply
+            self._log.info("session %d: " + message, self.number, *values)
 
     def _debug(self, message: str, *values: object) -> None:
-        self._log.debug("session %d: " + message, self.number, *values)
+        with contextlib.suppress(Exception):
+            self._log.debug("session %d: " + message, self.number, *values)
 
     def _error(self, message: str, *values: object, exc_info: bool = False) -> None:
-        self._log.error("session %d: " + message, self.number, *values, exc_info=exc_info)
+        with contextlib.suppress(Exception):
+            self._log.error("session %d: " + message, self.number, *values, exc_info=exc_info)
 
     # The verbs, in the order of a session
 
@@ -1120,6 +1131,8 @@ class Session:
             version = wire.handshake()
         except OSError as error:            # ssl.SSLError is one
             raise Disconnect(None, "TLS handshake failed: %s" % error) from None
+        except (Silent, Stopping):          # which cannot be said in plain text
+            raise Disconnect(None, "no TLS handshake in time") from None
         self._info("%s", version)
         self._wire, self._tls = wire, True
         self.helo, self.mail, self._extended = "", None, False
@@ -1339,8 +1352,10 @@ class Command:
 
     def check(self, address: str, mail: object = None) -> None:
         """Raise PermanentFailure where anything on its way could read `address` as code."""
-        if address.startswith(("-", "|")) or "/" in address and "@" not in address:
-            raise PermanentFailure("Address could be an option, a program or a file", 553)
+        # What a command may take for an option, a program, or a file.
+        bare = "@" not in address
+        if address.startswith(("-", "|")) or bare and ("/" in address or address[:1] == "+"):
+            raise PermanentFailure("Address not safe for a command", 553)
         if self._reparsed and not is_inert(address):
             raise PermanentFailure("Address not safe here: " + self._reparsed, 553)
 
@@ -1420,18 +1435,22 @@ class Command:
                     return "%s may hand it to a shell" % name
         return ""
 
-    def _arguments(self, mail: Mail) -> List[str]:
-        """The arguments to start the program with, its own name first."""
-        sender = mail.sender or "MAILER-DAEMON"
+    def _arguments(self, mail: Mail) -> List[bytes]:
+        """The arguments to start the program with, its own name first.
+
+        Addresses are UTF-8 whatever the locale: in some, a letter's bytes are a shell's operator.
+        """
+        sender = (mail.sender or "MAILER-DAEMON").encode()
+        recipients = [recipient.encode() for recipient in mail.recipients]
         if self._words is None:
-            text = self.text.replace("%F", sender, 1) + ' "$@"'
-            return ["sh", "-c", text, "msmtpd", *mail.recipients]
-        words = list(self._words)
+            text = os.fsencode(self.text).replace(b"%F", sender, 1) + b' "$@"'
+            return [b"sh", b"-c", text, b"msmtpd", *recipients]
+        words = [os.fsencode(word) for word in self._words]
         for number, word in enumerate(words):
-            if "%F" in word:
-                words[number] = word.replace("%F", sender, 1)
+            if b"%F" in word:
+                words[number] = word.replace(b"%F", sender, 1)
                 break
-        return words + mail.recipients
+        return words + recipients
 
     def _judge(self, run: _Run) -> None:
         """Raise what the end of the command means, if not success."""
@@ -1458,14 +1477,15 @@ class _Run:
     errors: the head of its standard error.
     """
 
-    def __init__(self, program: str, arguments: List[str], mail: Mail,
+    def __init__(self, program: str, arguments: List[bytes], mail: Mail,
                  stdout: Optional[int]) -> None:
         import threading
         self.status: Optional[int] = None
         self.timed_out = False
         self.errors = b""
         self._ended = False
-        self._lock = threading.Lock()       # so that no signal goes to a process that was reaped
+        # So that no signal goes to a process that was reaped; the signal's own handler may take it.
+        self._lock = threading.RLock()
         self._pause = 0.0005                # between looks at a process that cannot be polled
         stdin, self._feed, self._rest = _open_input(mail)
         try:
@@ -1616,13 +1636,13 @@ def _open_input(mail: Mail) -> Tuple[int, Optional[int], memoryview]:
     return reader, None, rest
 
 
-def _start(program: str, arguments: List[str], stdin: int,
+def _start(program: str, arguments: List[bytes], stdin: int,
            stdout: Optional[int]) -> subprocess.Popen[bytes]:
     """Start a program with nothing but these descriptors and a pipe for its standard error."""
     import errno
     import subprocess
 
-    def start(program: str, arguments: List[str]) -> subprocess.Popen[bytes]:
+    def start(program: str, arguments: List[bytes]) -> subprocess.Popen[bytes]:
         return subprocess.Popen(arguments, executable=program, stdin=stdin, stdout=stdout,
                                 stderr=subprocess.PIPE, bufsize=0, start_new_session=True)
     try:
@@ -1631,7 +1651,7 @@ def _start(program: str, arguments: List[str], stdin: int,
         if error.errno != errno.ENOEXEC:
             raise
     # A script without #! is the shell's, as execvp(3) has it.
-    return start("/bin/sh", ["sh", program, *arguments[1:]])
+    return start("/bin/sh", [b"sh", os.fsencode(program), *arguments[1:]])
 
 
 def shlex_split(text: str) -> List[str]:
@@ -1680,20 +1700,21 @@ def smtpd_handler(process_message: Callable[..., Optional[str]], *,
 class Server:
     """An SMTP server on one or more sockets, with a thread for each session.
 
-    deliver: called with each Mail, from the thread of its session, so from several at a time; the
+    deliver: called with each Mail, from the thread of its session, so from several at a time. The
     client hears 250 when it returns, and what a TemporaryFailure or PermanentFailure says when it
-    raises one. host: an IP address, or a sequence of them. port: 0 for a free one. sockets:
-    listening sockets to use instead of these.
+    raises one; any other exception is logged and answered 451.
+    host: an IP address, or a sequence of them. port: 0 for a free one. sockets: listening sockets
+    to use instead of these.
+    authenticate: called with user and password, as str; a client may send once it returned True.
+    tls: an ssl.SSLContext for STARTTLS, or with starttls=False for TLS from the first byte.
+    check: called with each sender and recipient and the Mail so far; may raise the two failures.
+    session: the class of the sessions. received: whether mails get a Received line. max_size:
+    bytes of a mail, 0 for any number. max_sessions: served at a time. timeout: seconds that a
+    client may be silent. log: a logging.Logger, that named "msmtpd" if not given.
 
-    authenticate: called with user and password, as str; True lets the client send, which without
-    it has to give neither. tls: an ssl.SSLContext for STARTTLS, or with starttls=False for TLS
-    from the first byte. check: called with each sender and recipient and the Mail so far; may
-    raise the two failures. session: the class of the sessions. received: whether mails get a
-    Received line. max_size: bytes of a mail, 0 for any number. max_sessions: served at a time.
-    timeout: seconds that a client may be silent. log: a logging.Logger, "msmtpd" if not given.
-
-    Once started, `host` and `port` are those of the first socket, `addresses` those of all. Raises OSError, also for a host
-    that is no IP address, where it cannot listen, and ValueError for a port that is none.
+    Once started, `host` and `port` are those of the first socket, `addresses` those of all.
+    Raises OSError where it cannot listen, also for a host that is no IP address, and ValueError
+    for a port that is none.
     """
 
     def __init__(self, deliver: Deliver, host: Union[str, Sequence[str]] = "127.0.0.1",
@@ -1703,7 +1724,6 @@ class Server:
                  received: bool = False, max_size: int = MAX_SIZE,
                  max_sessions: int = MAX_SESSIONS, timeout: float = TIMEOUT,
                  sockets: Sequence[socket.socket] = (), log: Optional[Log] = None) -> None:
-        import threading
         self._hosts = [host] if isinstance(host, str) else list(dict.fromkeys(host))
         if not self._hosts or not 0 <= port <= 65535:
             raise ValueError("cannot listen on %r, port %r" % (host, port))
@@ -1716,16 +1736,9 @@ class Server:
         self._authenticate = authenticate
         self._session, self._max_sessions = session, max_sessions
         self._log = _library_log() if log is None else log
-        self._authenticator: Optional[Authenticator] = None
         self._numbers = itertools.count(1)
-        self._door = threading.Lock()       # held by the one thread that accepts
-        self._count = threading.Lock()      # guards what follows
-        self._threads: List[threading.Thread] = []
-        self._idle = 0                      # threads that are at the door
-        self._troubles: Set[str] = set()    # what fails now, and has been logged
-        self._listeners: List[socket.socket] = []
-        self._slots: Optional[Slots] = None
-        self._leave_at = 0.0
+        self._slots: Optional[Slots] = None         # while it is started
+        self._crew: Optional[_Crew] = None
 
     def __enter__(self) -> Server:
         self.start()
@@ -1739,22 +1752,21 @@ class Server:
         import socket
         if self._slots and self._slots.drain_until is None:
             raise RuntimeError("the server has been started already")
-        self._finish()      # where a deliver has stopped it
-        self._listeners = list(self._sockets) or _listen(self._hosts, self._port)
-        try:
-            for listener in self._listeners:
+        with contextlib.ExitStack() as opened:
+            listeners = list(self._sockets) or _listen(self._hosts, self._port)
+            for listener in listeners:
+                opened.enter_context(listener)
                 listener.setblocking(False)
-            self.addresses = [peer_of(listener.getsockname()) for listener in self._listeners]
+            self.addresses = [peer_of(listener.getsockname()) for listener in listeners]
             if self.addresses[0].host:
                 self.host, self.port = self.addresses[0]
-            self._authenticator = self._authenticate and Authenticator(self._authenticate)
-            self._slots = Slots(*socket.socketpair())
-            self._hire(self._slots)
-        except BaseException:
-            self._slots = None
-            for listener in self._listeners:
-                listener.close()
-            raise
+            slots = Slots(*socket.socketpair())
+            authenticator = self._authenticate and Authenticator(self._authenticate)
+            crew = _Crew(listeners, slots, self._max_sessions, self._log,
+                         lambda client, name: self._serve(client, name, slots, authenticator))
+            crew.hire()
+            self._slots, self._crew = slots, crew
+            opened.pop_all()
 
     def drain(self, grace: float, patience: float) -> None:
         """Begin to stop, and return at once; a signal handler may call it.
@@ -1763,10 +1775,7 @@ class Server:
         still runs `patience` seconds later is left behind.
         """
         if self._slots:
-            leave_at = time.monotonic() + grace + patience
-            self._leave_at = (leave_at if self._slots.drain_until is None
-                              else min(leave_at, self._leave_at))
-            self._slots.drain(grace)
+            self._slots.drain(grace, patience)
 
     def stop(self, grace: float = 1.0, patience: float = 0.5) -> None:
         """Stop listening, end the sessions as `drain` says, and wait for that. Never hangs.
@@ -1775,7 +1784,8 @@ class Server:
         `deliver` that calls this is not waited for.
         """
         self.drain(grace, patience)
-        self._finish()
+        if self._crew and self._crew.leave():
+            self._slots = self._crew = None
 
     def serve_forever(self, stopping: Callable[[], object] = lambda: None) -> None:
         """Serve, having started where needed, until `stop` or `drain` is called, and has ended.
@@ -1784,12 +1794,15 @@ class Server:
         """
         if not self._slots:
             self.start()
-        slots = self._slots
-        while slots and slots.drain_until is None:
+        slots, crew = self._slots, self._crew
+        assert slots and crew
+        while slots.drain_until is None:
             with _woken_by_signals() as wakened:
                 _poll((slots.descriptor, wakened), (), None)
-        stopping()
-        self._finish()
+        try:
+            stopping()
+        finally:
+            crew.leave()
 
     def serve_descriptors(self, source: int = 0, sink: int = 1) -> bool:
         """Serve one client on two descriptors, in this thread, as inetd wants it.
@@ -1804,109 +1817,130 @@ class Server:
         return self._session(wire, self._settings, authenticator, self._log, 1,
                              _peer_behind(source)).run()
 
-    def _finish(self) -> None:
-        """Wait for the threads, as long as `drain` said, and give back what they used."""
+    def _serve(self, client: socket.socket, name: object, slots: Slots,
+               authenticator: Optional[Authenticator]) -> None:
+        """Serve one client to the end."""
+        import socket
+        if isinstance(name, tuple):     # or else the last of two small replies may wait 40 ms
+            client.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        wire = Wire.of_socket(client, slots, self._settings.timeout)
+        self._session(wire, self._settings, authenticator, self._log, next(self._numbers),
+                      peer_of(name)).run()
+
+
+class _Crew:
+    """The threads of a server from its start to its stop.
+
+    They take turns at the door, and each serves whom it has let in: so a client needs no hand-over
+    to another thread, and one that finds nobody at the door waits in the listen queue.
+    """
+
+    def __init__(self, listeners: Sequence[socket.socket], slots: Slots, most: int, log: Log,
+                 serve: Callable[[socket.socket, object], None]) -> None:
         import threading
-        slots = self._slots
-        if not slots:
-            return
+        self._listeners, self._slots, self._most = listeners, slots, most
+        self._log, self._serve = log, serve
+        self._door = threading.Lock()           # held by the one that accepts
+        self._state = threading.Condition()     # guards what follows
+        self._members: Set[int] = set()         # the threads that live
+        self._waiting = 0                       # those of them that are at the door
+        self._troubles: Set[str] = set()        # what fails now, and has been logged
+
+    def hire(self) -> None:
+        """Start one more thread. Raises RuntimeError where there is none to be had."""
+        # Not threading's: where memory is short, that waits for ever for a thread that has died.
+        import _thread
+        _thread.start_new_thread(self._work, ())
+
+    def leave(self) -> bool:
+        """Close the door and wait for the threads, as long as Slots.drain said.
+
+        Returns whether all have left.
+        """
+        import _thread
         with self._door:        # who stood there has left
             for listener in self._listeners:
                 listener.close()
-        if threading.current_thread() in self._threads:
-            return              # a deliver, which waits for nobody
-        for thread in list(self._threads):
-            while thread.is_alive() and time.monotonic() < self._leave_at:
+        with self._state:
+            if _thread.get_ident() in self._members:
+                return False    # a deliver, which waits for nobody
+            while self._members and time.monotonic() < self._slots.leave_at:
                 # In turns, since a signal that the kernel gave to another thread wakes nobody.
-                thread.join(min(0.5, self._leave_at - time.monotonic()))
-            if thread.is_alive():
-                self._log.error("left behind: %s, whose deliver does not return", thread.name)
-        with self._count:
-            if self._slots is slots:
-                self._slots, self._threads, self._idle = None, [], 0
+                self._state.wait(max(0.0, min(0.5, self._slots.leave_at - time.monotonic())))
+            if self._members:
+                self._log.error("left behind: %d sessions whose deliver does not return",
+                                len(self._members))
+        return True
 
-    def _hire(self, slots: Slots) -> None:
-        """Start one more thread. Raises RuntimeError where there is none to be had."""
-        import threading
-        thread = threading.Thread(target=self._work, args=(slots,), daemon=True,
-                                  name="msmtpd-%d" % (len(self._threads) + 1))
-        thread.start()
-        self._threads.append(thread)
-        self._idle += 1
-
-    def _work(self, slots: Slots) -> None:
-        """What each thread does: take turns at the door, and serve whom one let in.
-
-        So an accepted client needs no hand-over to another thread, and one that finds nobody at
-        the door waits in the listen queue.
-        """
-        while True:
-            with self._door:
-                accepted = self._accept(slots)
-            if accepted is None:
+    def _work(self) -> None:
+        """What each thread does."""
+        import _thread
+        with self._state:
+            if len(self._members) >= self._most:
                 return
-            client, name = accepted
-            try:
-                self._serve(client, name, slots)
-            except BaseException:
-                self._log.error("session ended by an error", exc_info=True)
-            finally:
-                client.close()
-                with self._count:
-                    if self._slots is slots:    # and not one that was started after it
-                        self._idle += 1
-                    slots.full = False
+            self._members.add(_thread.get_ident())
+        try:
+            while True:
+                with self._state:
+                    self._waiting += 1
+                    self._slots.full = False
+                with self._door:
+                    accepted = self._accept()
+                if not accepted:
+                    return
+                with accepted[0]:
+                    try:
+                        self._serve(*accepted)
+                    except BaseException:
+                        self._log.error("session ended by an error", exc_info=True)
+        finally:
+            with self._state:
+                self._members.discard(_thread.get_ident())
+                self._state.notify_all()
 
-    def _accept(self, slots: Slots) -> Optional[Tuple[socket.socket, object]]:
+    def _accept(self) -> Optional[Tuple[socket.socket, object]]:
         """Return the next client and its address, None when the server stops."""
         pause = 0.1
-        while slots.drain_until is None:
-            listeners = {listener.fileno(): listener for listener in self._listeners}
-            ready = _poll((slots.descriptor, *listeners), (), None) - {slots.descriptor}
-            for listener in (listeners[descriptor] for descriptor in ready):
-                try:
-                    accepted = listener.accept()
-                except (BlockingIOError, ConnectionAbortedError, InterruptedError):
-                    continue
-                except OSError as error:    # of descriptors or memory, which passes
-                    self._trouble("cannot accept", error)
-                    _poll((slots.descriptor,), (), pause)
-                    pause = min(2 * pause, 1.0)
-                    continue
+        while self._slots.drain_until is None:
+            try:
+                accepted = self._accept_ready()
+            except Exception as error:      # descriptors or memory are short, which passes
+                self._trouble("cannot accept", error)
+                time.sleep(pause)
+                pause = min(2 * pause, 1.0)
+                continue
+            if accepted:
                 self._troubles.discard("cannot accept")
-                self._leave_door(slots)
+                self._step_aside()
                 return accepted
         return None
 
-    def _leave_door(self, slots: Slots) -> None:
-        """See that somebody stays behind, if there may be one more thread."""
-        with self._count:
-            self._idle -= 1
-            if not self._idle and len(self._threads) < self._max_sessions:
+    def _accept_ready(self) -> Optional[Tuple[socket.socket, object]]:
+        """Wait, and return a client, or None where it has left again or the server stops."""
+        listeners = {listener.fileno(): listener for listener in self._listeners}
+        for descriptor in _poll((self._slots.descriptor, *listeners), (), None):
+            if descriptor in listeners:
+                with contextlib.suppress(BlockingIOError, ConnectionAbortedError):
+                    return listeners[descriptor].accept()
+        return None
+
+    def _step_aside(self) -> None:
+        """Leave the door to another thread, a new one if there may be one more."""
+        with self._state:
+            self._waiting -= 1
+            if not self._waiting and len(self._members) < self._most:
                 try:
-                    self._hire(slots)
+                    self.hire()
                     self._troubles.discard("cannot start a thread")
                 except (RuntimeError, MemoryError) as error:
                     self._trouble("cannot start a thread", error)
-            slots.full = not self._idle
+            self._slots.full = not self._waiting
 
     def _trouble(self, what: str, error: Exception) -> None:
         """Log what went wrong, once until it goes well again."""
         if what not in self._troubles:
             self._troubles.add(what)
-            self._log.error("%s, will try again: %s", what, error)
-
-    def _serve(self, client: socket.socket, name: object, slots: Slots) -> None:
-        """Serve one client to the end."""
-        import socket
-        try:
-            if isinstance(name, tuple):     # or else the last of two small replies may wait 40 ms
-                client.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-            wire = Wire.of_socket(client, slots, self._settings.timeout)
-        except OSError:     # it has left already
-            return
-        self._session(wire, self._settings, self._authenticator, self._log, next(self._numbers),
-                      peer_of(name)).run()
+            self._log.error("%s, will try again: %s", what, error or type(error).__name__)
 
 
 @contextlib.contextmanager
@@ -2181,7 +2215,8 @@ def _open_log(target: str, debug: bool) -> Log:
 
         def emit(self, record: logging.LogRecord) -> None:
             priority = syslog.LOG_ERR if record.levelno >= logging.ERROR else syslog.LOG_INFO
-            for line in self.format(record).splitlines():
+            text = self.format(record).encode("utf-8", "backslashreplace").decode()
+            for line in text.splitlines():
                 syslog.syslog(priority, line.replace("\0", "?"))
 
     handler: logging.Handler
@@ -2242,10 +2277,11 @@ def _find_password(user: str, command: str, inetd: bool) -> str:
             tried.append("no terminal to ask on")
         else:
             import getpass
-            password = getpass.getpass("Password of %s: " % user)
-            if password:
-                return password
-            tried.append("an empty password was typed")
+            with contextlib.suppress(EOFError):
+                password = getpass.getpass("Password of %s: " % user)
+                if password:
+                    return password
+            tried.append("none was typed")
     raise StartError("no password for %s: %s; store one with \"secret-tool store --label=msmtpd "
                      "host localhost service smtp user %s\", or give a command that prints it: "
                      "--auth=%s,COMMAND" % (user, ", ".join(tried), user, user))
@@ -2280,7 +2316,7 @@ def _run_lookup(*arguments: str) -> Tuple[str, str]:
         return "", "%s: %s" % (arguments[0], error)
     password = done.stdout.decode("utf-8", "replace").split("\n")[0]
     errors = done.stderr.decode("utf-8", "replace").strip()
-    why_not = _shown(errors) or "no such entry, or the key ring is locked"
+    why_not = _shown(errors.split(": ", 1)[-1]) or "no such entry, or the key ring is locked"
     return password, "%s: %s" % (arguments[0], why_not)
 
 
@@ -2397,7 +2433,8 @@ def _run_daemon(options: argparse.Namespace, log: Log) -> int:
         _warn(log, options, "anybody who reaches %s can send mail; think of --auth" % places)
     if os.isatty(2) and options.log != "-":
         os.write(2, ("msmtpd: listening on %s, piping mails to: %s (to try it: nc %s %s; to stop "
-                     "it: Ctrl-C)\n" % (places, options.command, server.host, server.port)).encode())
+                     "it: Ctrl-C)\n" % (places, options.command, server.host, server.port))
+                 .encode("utf-8", "backslashreplace"))
     notify = os.environ.pop("NOTIFY_SOCKET", "")
     _notify(notify, b"READY=1")
     server.serve_forever(lambda: _notify(notify, b"STOPPING=1"))
@@ -2464,11 +2501,9 @@ def _notify(address: str, state: bytes) -> None:
     if not address:
         return
     import socket
-    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as notification:
-        try:
-            notification.sendto(state, "\0" + address[1:] if address[0] == "@" else address)
-        except OSError:
-            pass
+    with contextlib.suppress(OSError), \
+            socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as notification:
+        notification.sendto(state, "\0" + address[1:] if address[0] == "@" else address)
 
 
 if __name__ == "__main__":

@@ -1309,7 +1309,7 @@ class Slots(ServerCase):
 
     def test_accept_may_fail(self):
         server = self.serve()
-        real, failures = server._listeners[0], [OSError(24, "Too many open files")] * 3
+        real, failures = server._crew._listeners[0], [OSError(24, "Too many open files")] * 3
 
         class Listener:
             """Fails three times, as a process without descriptors does."""
@@ -1327,7 +1327,7 @@ class Slots(ServerCase):
         with self.assertLogs("msmtpd", "ERROR") as logs:
             with Client(server) as client:     # has woken the thread that polls
                 client.open()
-            server._listeners[0] = Listener()
+            server._crew._listeners[0] = Listener()
             with Client(server) as client:
                 client.open()
             with Client(server) as client:
@@ -1337,7 +1337,7 @@ class Slots(ServerCase):
 
     def test_threads_may_be_not_to_be_had(self):
         server = self.serve()
-        with mock.patch.object(threading.Thread, "start", side_effect=RuntimeError("no")), \
+        with mock.patch("_thread.start_new_thread", side_effect=RuntimeError("no")), \
                 self.assertLogs("msmtpd", "ERROR") as logs:
             for _ in range(3):
                 with Client(server) as client:

@@ -178,25 +178,36 @@ class PermanentFailure(_Failure):
 
 
 class Spool:
-    """Mail data: up to `MAX_MEMORY` bytes in memory, more in an unlinked file of mode 0600."""
+    """Mail data: up to `MAX_MEMORY` bytes in memory, more in an unlinked file of mode 0600.
+
+    has_descriptor: whether another process can read it, as more than a pipe takes needs to be.
+    """
 
     def __init__(self) -> None:
         self._file: BinaryIO = io.BytesIO()
+        self._on_disk = False
+        self.has_descriptor = False
         self.size = 0
-        self.in_memory = True
 
     def write(self, data: bytes) -> None:
         """Append `data`. Raises OSError where the disk, MemoryError where the memory is full."""
-        if self.in_memory and self.size + len(data) > MAX_MEMORY:
+        size = self.size + len(data)
+        if size > MAX_MEMORY and not self._on_disk:
             import tempfile
-            memory, self._file = self._file, tempfile.TemporaryFile(prefix="msmtpd-")
-            self.in_memory = False
-            memory.seek(0)
-            for piece in iter(lambda: memory.read(CHUNK), b""):
-                self._file.write(piece)
+            self._move(tempfile.TemporaryFile(prefix="msmtpd-"))
+            self._on_disk = True
+        elif size > CHUNK and not self.has_descriptor:
+            with contextlib.suppress(AttributeError, OSError):      # Linux has it
+                self._move(open(os.memfd_create("msmtpd"), "w+b"))
         self._file.write(data)
         self._file.flush()      # now, not where nobody looks for an error any more
-        self.size += len(data)
+        self.size = size
+
+    def _move(self, file: BinaryIO) -> None:
+        old, self._file, self.has_descriptor = self.file(), file, True
+        for piece in iter(lambda: old.read(CHUNK), b""):
+            file.write(piece)
+        old.close()
 
     def file(self) -> BinaryIO:
         """The data as a file, open for reading from its start."""
@@ -205,10 +216,8 @@ class Spool:
 
     def close(self) -> None:
         """Drop the data."""
-        try:
+        with contextlib.suppress(OSError):      # what could not be written before cannot be now
             self._file.close()
-        except OSError:         # what could not be written before cannot be now
-            pass
 
     def __del__(self) -> None:
         self.close()
@@ -535,9 +544,12 @@ class Slots:
         self.drain_until = until if self.drain_until is None else min(self.drain_until, until)
         self._writer.close()
 
-    def __del__(self) -> None:
+    def close(self) -> None:
+        """Give back the descriptors. Nobody may wait for them."""
         self._writer.close()
         self._reader.close()
+
+    __del__ = close     # where somebody was left behind
 
 
 class Wire:
@@ -1621,7 +1633,7 @@ class _Run:
 def _open_input(mail: Mail) -> Tuple[int, Optional[int], memoryview]:
     """A descriptor to read the mail from, and one, or None, to write the rest of it to."""
     file = mail.file
-    if not mail.spool.in_memory:
+    if mail.spool.has_descriptor:
         return os.dup(file.fileno()), None, memoryview(b"")
     rest = memoryview(file.read())
     reader, writer = os.pipe()
@@ -1674,18 +1686,17 @@ def smtpd_handler(process_message: Callable[..., Optional[str]], *,
     """The `deliver` that calls a `process_message` written for the removed module smtpd.
 
     It is called as ``process_message(peer, mailfrom, rcpttos, data, mail_options=[...],
-    rcpt_options=[])`` with the data as bytes, its lines joined by LF; with `decode_data`, as
-    there, with a str and without the options. The reply that it may return, such as "550 No",
-    is what the client is told.
+    rcpt_options=[])`` with the data as bytes, its lines joined by LF; the options are at most
+    "SMTPUTF8". With `decode_data`, as there, the data is a str and there are no options. The
+    reply that it may return, such as "550 No", is what the client is told.
     """
     def deliver(mail: Mail) -> None:
-        data = mail.data[:-1]
+        data, sender = mail.data[:-1], mail.sender or "<>"
         if decode_data:
-            reply = process_message(mail.peer, mail.sender, mail.recipients, data.decode())
+            reply = process_message(mail.peer, sender, mail.recipients, data.decode())
         else:
-            reply = process_message(mail.peer, mail.sender, mail.recipients, data,
-                                    mail_options=["SMTPUTF8"] if mail.smtputf8 else [],
-                                    rcpt_options=[])
+            reply = process_message(mail.peer, sender, mail.recipients, data, rcpt_options=[],
+                                    mail_options=["SMTPUTF8"] if mail.smtputf8 else [])
         match = re.match(r"(([45])[0-9]{2})(?: +(\2(?:\.[0-9]{1,3}){2}))? *(.*)", reply or "")
         if match:
             failure = TemporaryFailure if match.group(2) == "4" else PermanentFailure
@@ -1739,6 +1750,7 @@ class Server:
         self._numbers = itertools.count(1)
         self._slots: Optional[Slots] = None         # while it is started
         self._crew: Optional[_Crew] = None
+        self._forever = False                       # somebody is in serve_forever
 
     def __enter__(self) -> Server:
         self.start()
@@ -1784,8 +1796,14 @@ class Server:
         `deliver` that calls this is not waited for.
         """
         self.drain(grace, patience)
-        if self._crew and self._crew.leave():
+        self._finish()
+
+    def _finish(self) -> None:
+        slots, crew = self._slots, self._crew
+        if slots and crew and crew.leave():
             self._slots = self._crew = None
+            if not (crew.left_behind or self._forever):
+                slots.close()
 
     def serve_forever(self, stopping: Callable[[], object] = lambda: None) -> None:
         """Serve, having started where needed, until `stop` or `drain` is called, and has ended.
@@ -1794,15 +1812,17 @@ class Server:
         """
         if not self._slots:
             self.start()
-        slots, crew = self._slots, self._crew
-        assert slots and crew
-        while slots.drain_until is None:
-            with _woken_by_signals() as wakened:
-                _poll((slots.descriptor, wakened), (), None)
+        slots = self._slots
+        assert slots
+        self._forever = True
+        with contextlib.closing(_SignalWaker()) as waker:
+            while slots.drain_until is None:
+                waker.wait_for(slots.descriptor)
+        self._forever = False
         try:
             stopping()
         finally:
-            crew.leave()
+            self._finish()
 
     def serve_descriptors(self, source: int = 0, sink: int = 1) -> bool:
         """Serve one client on two descriptors, in this thread, as inetd wants it.
@@ -1845,6 +1865,7 @@ class _Crew:
         self._members: Set[int] = set()         # the threads that live
         self._waiting = 0                       # those of them that are at the door
         self._troubles: Set[str] = set()        # what fails now, and has been logged
+        self.left_behind = 0                    # the members that did not leave
 
     def hire(self) -> None:
         """Start one more thread. Raises RuntimeError where there is none to be had."""
@@ -1870,6 +1891,7 @@ class _Crew:
             if self._members:
                 self._log.error("left behind: %d sessions whose deliver does not return",
                                 len(self._members))
+            self.left_behind = len(self._members)
         return True
 
     def _work(self) -> None:
@@ -1943,26 +1965,39 @@ class _Crew:
             self._log.error("%s, will try again: %s", what, error or type(error).__name__)
 
 
-@contextlib.contextmanager
-def _woken_by_signals() -> Iterator[int]:
+class _SignalWaker:
     """A descriptor that is ready once a signal has come, in the main thread.
 
-    The kernel may give it to any thread, but Python handles it in that one, which would sleep on.
+    The kernel may give a signal to any thread, but Python handles it in the main one, which would
+    sleep on. Where that has a wake-up descriptor already, it has to look now and then: `pause`.
     """
-    import signal
-    import socket
-    import threading
-    reader, writer = socket.socketpair()
-    writer.setblocking(False)
-    is_main = threading.current_thread() is threading.main_thread()
-    before = signal.set_wakeup_fd(writer.fileno()) if is_main else -1
-    try:
-        yield reader.fileno()
-    finally:
-        if is_main:
-            signal.set_wakeup_fd(before)
-        reader.close()
-        writer.close()
+
+    def __init__(self) -> None:
+        import signal
+        import socket
+        self.pause: Optional[float] = 0.5
+        self._reader, self._writer = socket.socketpair()
+        self._reader.setblocking(False)
+        self._writer.setblocking(False)
+        with contextlib.suppress(ValueError):       # not in the main thread
+            before = signal.set_wakeup_fd(self._writer.fileno())
+            if before == -1:
+                self.pause = None
+            else:
+                signal.set_wakeup_fd(before)
+
+    def wait_for(self, descriptor: int) -> None:
+        """Wait until `descriptor` is ready, a signal has come, or somebody has to look."""
+        if self._reader.fileno() in _poll((descriptor, self._reader.fileno()), (), self.pause):
+            self._reader.recv(CHUNK)
+
+    def close(self) -> None:
+        """Leave signals as they were."""
+        import signal
+        if self.pause is None:
+            signal.set_wakeup_fd(-1)
+        self._reader.close()
+        self._writer.close()
 
 
 def peer_of(name: object) -> Peer:
@@ -2407,13 +2442,14 @@ def _warn(log: Log, options: argparse.Namespace, text: str) -> None:
 def _run_inetd(options: argparse.Namespace, log: Log) -> int:
     """Serve one client on standard input and output."""
     server, command = _make_server(options, log, os.open(os.devnull, os.O_WRONLY))
-    _stop_on_signals(server, command, options)
+    _Stop(server, command, options.delivery_timeout + 3 * KILL_DELAY)
     return 0 if server.serve_descriptors() else 1
 
 
 def _run_daemon(options: argparse.Namespace, log: Log) -> int:
     """Serve until a signal comes."""
     server, command = _make_server(options, log, None)
+    stop = _Stop(server, command, options.delivery_timeout + 3 * KILL_DELAY)
     try:
         server.start()
     except (OSError, RuntimeError) as error:
@@ -2424,7 +2460,8 @@ def _run_daemon(options: argparse.Namespace, log: Log) -> int:
             ", ".join(options.interface or ["127.0.0.1"]), options.port,
             error.strerror if isinstance(error, OSError) and error.strerror else error,
             hint)) from None
-    _stop_on_signals(server, command, options)
+    if stop.asked:              # before there was anything to stop
+        server.drain(0, 0)
     _reload_on_signal(server, log, options)
     places = " and ".join(map(str, server.addresses)) or "inherited sockets"
     log.info("listening on %s, piping mails to: %s", places, options.command)
@@ -2442,19 +2479,22 @@ def _run_daemon(options: argparse.Namespace, log: Log) -> int:
     return 0
 
 
-def _stop_on_signals(server: Server, command: Command, options: argparse.Namespace) -> None:
-    """Let the first SIGTERM or SIGINT end the server in good order, and the second at once."""
-    import signal
-    stopping: List[int] = []
+class _Stop:
+    """What SIGTERM and SIGINT do: the first stops the server in good order, the second at once."""
 
-    def stop(number: int, frame: object) -> None:
-        if stopping:
-            command.abandon()
+    def __init__(self, server: Server, command: Command, patience: float) -> None:
+        import signal
+        self._server, self._command, self._patience = server, command, patience
+        self.asked = False
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, self)
+
+    def __call__(self, number: int, frame: object) -> None:
+        if self.asked:
+            self._command.abandon()
             os._exit(1)
-        stopping.append(number)
-        server.drain(GRACE, options.delivery_timeout + 3 * KILL_DELAY)
-    signal.signal(signal.SIGTERM, stop)
-    signal.signal(signal.SIGINT, stop)
+        self.asked = True
+        self._server.drain(GRACE, self._patience)
 
 
 def _reload_on_signal(server: Server, log: Log, options: argparse.Namespace) -> None:

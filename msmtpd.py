@@ -43,7 +43,6 @@ if TYPE_CHECKING:
     import socket
     import ssl
     import subprocess
-    import threading
     from typing import (Any, BinaryIO, Callable, Dict, Iterable, Iterator, List, NoReturn, Optional,
                         Sequence, Set, Tuple, Type, Union)
 
@@ -60,7 +59,7 @@ __all__ = ["Server", "Session", "Mail", "Peer", "Reply", "Command", "TemporaryFa
 # Limits
 # ---------------------------------------------------------------------------------------------
 
-MAX_SIZE = 64 * 1024 * 1024        # bytes of mail data as received; at least 64 K: RFC 5321 4.5.3.1.7
+MAX_SIZE = 64 * 1024 * 1024        # bytes of mail data as received; at least 64 K: 4.5.3.1.7
 MAX_MEMORY = 1024 * 1024           # bytes of one mail's data kept in memory, beyond it a file
 MAX_SESSIONS = 16                  # served at a time, further clients wait in the listen queue
 MAX_RECIPIENTS = 1000              # of one mail; at least 100: RFC 5321 4.5.3.1.8
@@ -197,8 +196,12 @@ class Spool:
             self._move(tempfile.TemporaryFile(prefix="msmtpd-"))
             self._on_disk = True
         elif size > CHUNK and not self.has_descriptor:
-            with contextlib.suppress(AttributeError, OSError):      # Linux has it
-                self._move(open(os.memfd_create("msmtpd"), "w+b"))
+            try:
+                memory = os.memfd_create("msmtpd")
+            except (AttributeError, OSError):   # not Linux
+                pass
+            else:
+                self._move(open(memory, "w+b"))
         self._file.write(data)
         self._file.flush()      # now, not where nobody looks for an error any more
         self.size = size
@@ -228,10 +231,9 @@ class Mail:
 
     sender: the reverse-path, "" for <>. recipients: the forward-paths, in the order accepted.
     peer: the client's Peer. helo: the name it gave. user: as whom it authenticated, or None.
-    tls: whether it came over TLS. smtputf8: whether its addresses may be more than ASCII. outcome:
-    what a `deliver` may set to have it in the log line,
-    as Command sets "exit=0". Not to be shared between threads without a lock, and its spool is
-    kept for as long as the mail is.
+    tls: whether it came over TLS. smtputf8: whether its addresses may be more than ASCII.
+    outcome: what a `deliver` may set to have it in the log line, as Command sets "exit=0".
+    spool: the mail data, kept for as long as the mail is. Not for several threads at a time.
     """
 
     def __init__(self, sender: str, recipients: Sequence[str] = (), data: bytes = b"", *,
@@ -287,7 +289,7 @@ class Settings:
 class ErrorsOnly:
     """The log of who wants none: information is dropped, an error is a line on standard error."""
 
-    def isEnabledFor(self, level: int) -> bool:  # noqa: N802 (the name is logging's)
+    def isEnabledFor(self, level: int) -> bool:
         """Whether records of that level are shown."""
         return level >= 40
 
@@ -302,10 +304,8 @@ class ErrorsOnly:
         if exc_info:
             import traceback
             text += "\n" + traceback.format_exc().rstrip()
-        try:
+        with contextlib.suppress(OSError):
             os.write(2, (text + "\n").encode("utf-8", "backslashreplace"))
-        except OSError:
-            pass
 
 
 def _plain(text: str) -> str:
@@ -499,7 +499,7 @@ class TLSHello(Exception):
 
 
 class LineTooLong(Exception):
-    """A line exceeds the limit. Of it, `start` is known; `endless` says whether there was no end."""
+    """A line exceeds the limit; `start` is its begin, `endless` says whether there was no end."""
 
     def __init__(self, start: bytes, endless: bool) -> None:
         super().__init__(start, endless)
@@ -663,14 +663,12 @@ class Wire:
         """
         deadline = time.monotonic() + max(linger, 1.0)
         data, self._output = bytes(self._output) + farewell, bytearray()
-        try:
+        with contextlib.suppress(Gone, Silent, Stopping, OSError):
             self._push(data, deadline)
             if linger:
                 self._end_output()
             while linger and self._slots.drain_until is None:
                 self._pull(deadline)
-        except (Gone, Silent, Stopping, OSError):
-            pass
 
     def _pull(self, deadline: float, idle: bool = False) -> bytes:
         """Return the next bytes of the client's, after sending it what there is to send."""
@@ -748,10 +746,8 @@ class TLSWire(Wire):
 
     def close(self, farewell: bytes, linger: float) -> None:
         super().close(farewell, 0)
-        try:
+        with contextlib.suppress(OSError):
             self._tls.unwrap()      # TLS's own farewell (RFC 8446 6.1); the answer is not awaited
-        except OSError:
-            pass
         # Below TLS from here on: what the client still sends is dropped, not decrypted.
         self._plain.close(self._to_send.read(), linger)
 
@@ -894,7 +890,7 @@ class Session:
             # RFC 3463 3.6: X.5.X is what went wrong with the protocol.
             self._errors += refusal.reply.enhanced.startswith("5.5.")
             if self._errors >= MAX_ERRORS:
-                raise Disconnect(Reply(421, "4.7.0", "Too many errors"), "too many errors") from None
+                raise Disconnect(Reply(421, "4.7.0", "Too many errors"), "errors") from None
             return refusal.reply
 
     def _read_command(self) -> Tuple[str, str]:
@@ -926,7 +922,7 @@ class Session:
             self._bare_lf = False
             self._refuse_http(error.start, first)
             if error.endless:
-                raise Disconnect(Reply(421, "4.5.2", "Line without an end"), "endless line") from None
+                raise Disconnect(Reply(421, "4.5.2", "Endless line"), "endless line") from None
             raise Refused(Reply(500, "5.5.2", "Line too long")) from None
         self._bare_lf = self._bare_lf and not line.endswith(b"\r\n")
         self._refuse_http(line, first)
@@ -1563,10 +1559,8 @@ class _Run:
                 self._kill_group(number)
 
     def _kill_group(self, number: int) -> None:
-        try:
+        with contextlib.suppress(ProcessLookupError, PermissionError):
             os.killpg(self._process.pid, number)
-        except (ProcessLookupError, PermissionError):
-            pass
 
     def _reap(self) -> None:
         """Take the status of the command, if it has ended."""

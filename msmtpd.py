@@ -53,7 +53,7 @@ if TYPE_CHECKING:
 
 __version__ = "1.0"
 __all__ = ["Server", "Session", "Mail", "Peer", "Reply", "Command", "TemporaryFailure",
-           "PermanentFailure", "Refused", "Disconnect", "smtpd_handler", "main"]
+           "PermanentFailure", "Refused", "Disconnect", "one_user", "smtpd_handler", "main"]
 
 # ---------------------------------------------------------------------------------------------
 # Limits
@@ -136,11 +136,7 @@ class Disconnect(Exception):
 
 
 class _Failure(Exception):
-    """What `deliver` and `check` raise.
-
-    text: told to the client. code, enhanced: the reply's, where not the usual ones.
-    details: lines for the log. Raises ValueError for a code or enhanced code of another class.
-    """
+    """What `deliver` and `check` raise, of the class that the first digit of its codes names."""
 
     digit = 0
 
@@ -165,13 +161,22 @@ class _Failure(Exception):
 
 
 class TemporaryFailure(_Failure):
-    """The client should try again later: 451 4.3.0, or a 4xx `code` and its `enhanced` code."""
+    """Raised by `deliver` or `check`: the client should try again later.
+
+    text: what the client is told, in printable ASCII. code: from 400 to 499, 451 if None; 421 ends
+    the session. enhanced: as "4.X.X" (RFC 3463), the usual one of the place if None. details:
+    lines for the log. Raises ValueError for codes of another class.
+    """
 
     digit = 4
 
 
 class PermanentFailure(_Failure):
-    """The client should give up: 554 5.3.0, or a 5xx `code` and its `enhanced` code."""
+    """Raised by `deliver` or `check`: the client should give up.
+
+    As TemporaryFailure, with `code` from 500 to 599 and `enhanced` as "5.X.X"; if None, 554 5.3.0
+    in `deliver`, and in `check` 553 5.1.7 for a sender and 553 5.1.3 for a recipient.
+    """
 
     digit = 5
 
@@ -253,12 +258,13 @@ class Mail:
 
     @property
     def file(self) -> BinaryIO:
-        """The mail data as a binary file, open for reading from its start; one file, shared."""
+        """The mail data as a binary file, at its start; always the same file, not to be closed."""
         return self.spool.file()
 
     @property
     def data(self) -> bytes:
-        """The mail data: transparency (RFC 5321 4.5.2) undone, each line ended by LF."""
+        """The mail data: transparency (RFC 5321 4.5.2) undone, each line, the last, too, ended by
+        LF, a bare CR made a space, all else as it came."""
         return self.file.read()
 
     @property
@@ -784,11 +790,12 @@ class TLSWire(Wire):
 # ---------------------------------------------------------------------------------------------
 
 class Session:
-    """One client's dialogue. To change what a verb does, define its method in a subclass.
+    """One client's dialogue, made by a Server. A subclass changes what a verb does, by its method.
 
-    A method takes the verb's argument, without the spaces around it, and returns a Reply, or
-    raises Refused or Disconnect. One that refuses a recipient, one that is slow, and one that
-    drops the connection:
+    A method takes the verb's argument, a str without control characters and outer spaces. It
+    returns a Reply, or None for no (further) reply, or raises Refused or Disconnect; a reply 421
+    ends the session, as any other exception does. A further verb needs a method and an entry in
+    VERBS. One method that refuses a recipient, one that is slow, one that drops the connection:
 
     >>> class Grumpy(Session):
     ...     def do_RCPT(self, argument):
@@ -869,13 +876,17 @@ class Session:
         """Greet, and answer line by line until an exception ends the session."""
         if self._settings.tls and not self._settings.starttls:
             self._start_tls()
-        self._write(Reply(220, "", "localhost ESMTP msmtpd"))
+        reply: Optional[Reply] = self.greet()
         while True:
-            reply = self._answer()
             if reply is not None:
                 if reply.code == 421:       # it closes the channel: RFC 5321 3.8
                     raise Disconnect(reply)
                 self._write(reply)
+            reply = self._answer()
+
+    def greet(self) -> Reply:
+        """The first reply: RFC 5321 3.1."""
+        return Reply(220, "", "localhost ESMTP msmtpd")
 
     def _answer(self) -> Optional[Reply]:
         """Read one command and return what it is answered, None for nothing more."""
@@ -1149,22 +1160,25 @@ class Session:
 
     def _ask_plain(self, response: str) -> Tuple[str, str]:
         """User and password by the mechanism PLAIN: RFC 4616."""
-        parsed = parse_plain(self._response(response) if response else self._ask(b""))
+        parsed = parse_plain(self._response(response) if response else self.ask(b""))
         if parsed is None:
             raise Refused(Reply(501, "5.5.2", "Bad response"))
         return parsed
 
     def _ask_login(self, response: str) -> Tuple[str, str]:
         """User and password by the mechanism LOGIN, whose prompts some clients compare."""
-        user = self._response(response) if response else self._ask(b"Username:")
-        password = self._ask(b"Password:")
+        user = self._response(response) if response else self.ask(b"Username:")
+        password = self.ask(b"Password:")
         try:
             return user.decode(), password.decode()
         except UnicodeDecodeError:
             raise Refused(Reply(501, "5.5.2", "Not UTF-8")) from None
 
-    def _ask(self, challenge: bytes) -> bytes:
-        """Send a challenge and return the client's response, both without their base64."""
+    def ask(self, challenge: bytes) -> bytes:
+        """Send a challenge of AUTH and return the client's response, both without their base64.
+
+        Raises Refused where the client cancels, or answers no base64.
+        """
         self._write(Reply(334, "", base64.b64encode(challenge).decode()))
         response = without_end(self._read_line()).decode("latin-1")
         self._debug("C: (hidden)")
@@ -1343,7 +1357,8 @@ class Command:
     that cannot work, and where there are no POSIX processes. warnings: what may be wrong with it.
 
     Where the words need no shell the program is started directly, otherwise by ``sh -c``, of
-    whose text the recipients are no part.
+    whose text the recipients are no part. Only its exit status decides: see EXIT_REPLIES. After
+    `timeout` its process group gets SIGTERM, KILL_DELAY seconds later SIGKILL, and the client 451.
     """
 
     def __init__(self, text: str = "msmtp -f %F --", *, timeout: float = DELIVERY_TIMEOUT,
@@ -1705,21 +1720,24 @@ def smtpd_handler(process_message: Callable[..., Optional[str]], *,
 class Server:
     """An SMTP server on one or more sockets, with a thread for each session.
 
-    deliver: called with each Mail, from the thread of its session, so from several at a time. The
-    client hears 250 when it returns, and what a TemporaryFailure or PermanentFailure says when it
-    raises one; any other exception is logged and answered 451.
+    deliver(mail): called with each Mail, from the thread of its session, so from up to
+    `max_sessions` at a time. The client hears 250 when it returns, and what a TemporaryFailure or
+    PermanentFailure says when it raises one; any other exception is logged and answered 451.
     host: an IP address, or a sequence of them. port: 0 for a free one. sockets: listening sockets
-    to use instead of these.
-    authenticate: called with user and password, as str; a client may send once it returned True.
+    to use instead of these; stop() closes them.
+    authenticate(user, password): as str; a client may send once this returned True. False is
+    answered AUTH_DELAY seconds late, and so is all AUTH for AUTH_MEMORY seconds after it; an
+    exception is answered 454. If None, nobody has to authenticate, or can.
     tls: an ssl.SSLContext for STARTTLS, or with starttls=False for TLS from the first byte.
-    check: called with each sender and recipient and the Mail so far; may raise the two failures.
+    check(address, mail): called for the sender, when `mail` has no recipients yet, and for each
+    recipient before it is added; may raise the two failures. If None, the `check` of `deliver`
+    where it has one, as Command has.
     session: the class of the sessions. received: whether mails get a Received line. max_size:
     bytes of a mail, 0 for any number. max_sessions: served at a time. timeout: seconds that a
-    client may be silent. log: a logging.Logger, that named "msmtpd" if not given.
+    client may be silent. log: a logging.Logger, that named "msmtpd" if None.
 
     Once started, `host` and `port` are those of the first socket, `addresses` those of all.
-    Raises OSError where it cannot listen, also for a host that is no IP address, and ValueError
-    for a port that is none.
+    Raises ValueError for arguments that make no sense.
     """
 
     def __init__(self, deliver: Deliver, host: Union[str, Sequence[str]] = "127.0.0.1",
@@ -1730,8 +1748,9 @@ class Server:
                  max_sessions: int = MAX_SESSIONS, timeout: float = TIMEOUT,
                  sockets: Sequence[socket.socket] = (), log: Optional[Log] = None) -> None:
         self._hosts = [host] if isinstance(host, str) else list(dict.fromkeys(host))
-        if not self._hosts or not 0 <= port <= 65535:
-            raise ValueError("cannot listen on %r, port %r" % (host, port))
+        if not (callable(deliver) and self._hosts and 0 <= port <= 65535 and max_size >= 0
+                and max_sessions > 0 and timeout > 0):
+            raise ValueError("deliver is not callable, or a number is out of its range")
         self.host, self.port = self._hosts[0], port
         self.addresses: List[Peer] = []
         self.tls = tls
@@ -1747,14 +1766,19 @@ class Server:
         self._forever = False                       # somebody is in serve_forever
 
     def __enter__(self) -> Server:
-        self.start()
+        if not self._slots:
+            self.start()
         return self
 
     def __exit__(self, *error: object) -> None:
         self.stop()
 
     def start(self) -> None:
-        """Listen and serve, in threads of the server's own. Raises OSError, RuntimeError."""
+        """Listen and serve, in threads of the server's own; the port is known on return.
+
+        Raises OSError where it cannot listen, also for a host that is no IP address, and
+        RuntimeError where it is started already or there is no thread to be had.
+        """
         import socket
         if self._slots and self._slots.drain_until is None:
             raise RuntimeError("the server has been started already")
@@ -1775,10 +1799,10 @@ class Server:
             opened.pop_all()
 
     def drain(self, grace: float, patience: float) -> None:
-        """Begin to stop, and return at once; a signal handler may call it.
+        """Begin to stop, and return at once, as a signal handler has to; stop() waits for the end.
 
         Idle sessions end now, those that receive mail data in `grace` seconds; a `deliver` that
-        still runs `patience` seconds later is left behind.
+        still runs `patience` seconds later is left behind. A further call can only shorten this.
         """
         if self._slots:
             self._slots.drain(grace, patience)
@@ -1786,8 +1810,8 @@ class Server:
     def stop(self, grace: float = 1.0, patience: float = 0.5) -> None:
         """Stop listening, end the sessions as `drain` says, and wait for that. Never hangs.
 
-        A `deliver` that does not return in time is logged, and its thread left behind; a
-        `deliver` that calls this is not waited for.
+        grace, patience: in seconds. A `deliver` that does not return in time is logged, and its
+        thread left behind. Called in a `deliver`, this waits for nobody.
         """
         self.drain(grace, patience)
         self._finish()
@@ -1799,22 +1823,26 @@ class Server:
             if not (crew.left_behind or self._forever):
                 slots.close()
 
-    def serve_forever(self, stopping: Callable[[], object] = lambda: None) -> None:
+    def serve_forever(self, stopping: Optional[Callable[[], object]] = None) -> None:
         """Serve, having started where needed, until `stop` or `drain` is called, and has ended.
 
-        `stopping` is called when the end begins.
+        `stopping` is called when the end begins. An exception of a signal handler's, such as
+        KeyboardInterrupt, comes out of this while the threads still serve: call stop() then.
         """
         if not self._slots:
             self.start()
         slots = self._slots
         assert slots
         self._forever = True
-        with contextlib.closing(_SignalWaker()) as waker:
-            while slots.drain_until is None:
-                waker.wait_for(slots.descriptor)
-        self._forever = False
         try:
-            stopping()
+            with contextlib.closing(_SignalWaker()) as waker:
+                while slots.drain_until is None:
+                    waker.wait_for(slots.descriptor)
+        finally:
+            self._forever = False
+        try:
+            if stopping:
+                stopping()
         finally:
             self._finish()
 
@@ -2025,7 +2053,7 @@ def _listen(hosts: Sequence[str], port: int) -> List[socket.socket]:
                 info = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM,
                                           flags=socket.AI_NUMERICHOST | socket.AI_PASSIVE)[0]
             except socket.gaierror:
-                raise OSError("%s is no IP address" % host) from None
+                raise OSError("%s is no IP address, as 127.0.0.1 is" % host) from None
             listener = opened.enter_context(socket.socket(info[0], socket.SOCK_STREAM))
             if os.name == "posix":
                 listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)

@@ -1510,6 +1510,7 @@ class _Run:
         # So that no signal goes to a process that was reaped; the signal's own handler may take it.
         self._lock = threading.RLock()
         self._pause = 0.0005                # between looks at a process that cannot be polled
+        self._at_once = True                # it may end before it is worth while to look closer
         stdin, self._feed, self._rest = _open_input(mail)
         try:
             self._process = _start(program, arguments, stdin, stdout)
@@ -1555,17 +1556,20 @@ class _Run:
 
     def _work(self, seconds: float) -> None:
         """Do what is to be done next, or wait for it for at most `seconds`."""
+        readers = [fd for fd in (self._stderr, self._pidfd) if fd is not None]
         if self._pidfd is None:
             seconds = min(seconds, self._pause)
             self._pause = min(2 * self._pause, 0.05)
-        ready = _poll([fd for fd in (self._stderr, self._pidfd) if fd is not None],
-                      [] if self._feed is None else [self._feed], seconds)
+        elif self._at_once:     # to wait for the end of its standard error is to be woken twice
+            readers, seconds = [self._pidfd], min(seconds, 0.01)
+        self._at_once = False
+        ready = _poll(readers, [] if self._feed is None else [self._feed], seconds)
         if self._feed in ready:
             self._feed_more()
-        if self._stderr in ready:
-            self._read_errors()
         if self._pidfd is None or self._pidfd in ready:
             self._reap()
+        elif self._stderr in ready:
+            self._read_errors()
 
     def kill(self, number: int) -> None:
         """Send a signal to the whole process group, unless the command has ended."""
@@ -1626,8 +1630,8 @@ class _Run:
             self._stderr = None
 
     def _close(self) -> None:
-        """Read the rest of the head, and give back all descriptors."""
-        while self._stderr is not None and len(self.errors) < MAX_ERROR_OUTPUT:
+        """Read the rest of the head, where anybody wants to know; give back all descriptors."""
+        while self.status != 0 and self._stderr is not None:
             before = len(self.errors)
             self._read_errors()
             if len(self.errors) == before:

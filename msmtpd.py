@@ -27,6 +27,7 @@ import base64
 import binascii
 import collections
 import contextlib
+import copy
 import io
 import itertools
 import os
@@ -43,8 +44,22 @@ if TYPE_CHECKING:
     import socket
     import ssl
     import subprocess
-    from typing import (Any, BinaryIO, Callable, Dict, Iterable, Iterator, List, NoReturn, Optional,
-                        Sequence, Set, Tuple, Type, Union)
+    from typing import (
+        Any,
+        BinaryIO,
+        Callable,
+        Dict,
+        Iterable,
+        Iterator,
+        List,
+        NoReturn,
+        Optional,
+        Sequence,
+        Set,
+        Tuple,
+        Type,
+        Union,
+    )
 
     Deliver = Callable[["Mail"], object]
     Check = Callable[[str, "Mail"], object]
@@ -1757,7 +1772,6 @@ class Server:
             raise ValueError("deliver is not callable, or a number is out of its range")
         self.host, self.port = self._hosts[0], port
         self.addresses: List[Peer] = []
-        self.tls = tls
         self._port, self._sockets = port, sockets
         self._settings = Settings(deliver, check=check, tls=tls, starttls=starttls,
                                   received=received, max_size=max_size, timeout=timeout)
@@ -1768,6 +1782,17 @@ class Server:
         self._slots: Optional[Slots] = None         # while it is started
         self._crew: Optional[_Crew] = None
         self._forever = False                       # somebody is in serve_forever
+
+    @property
+    def tls(self) -> Optional[ssl.SSLContext]:
+        """The context of sessions that begin from now on. Another one may be set at any time."""
+        return self._settings.tls
+
+    @tls.setter
+    def tls(self, context: ssl.SSLContext) -> None:
+        settings = copy.copy(self._settings)    # those that are shared never change
+        settings.tls = context
+        self._settings = settings
 
     def __enter__(self) -> Server:
         if not self._slots:
@@ -2412,16 +2437,12 @@ def _tls_context(certificate: str, key: Optional[str]) -> ssl.SSLContext:
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     context.minimum_version = ssl.TLSVersion.TLSv1_2
     context.options |= getattr(ssl, "OP_NO_RENEGOTIATION", 0)
-    _load_certificate(context, certificate, key)
-    return context
 
-
-def _load_certificate(context: ssl.SSLContext, certificate: str, key: Optional[str]) -> None:
-    """Load certificate and key into `context`. Raises StartError."""
     def refuse() -> str:
         raise StartError("the key in %s is encrypted; decrypt it first, with "
                          "\"openssl pkey -in KEY -out FILE\"" % (key or certificate))
-    for name in filter(None, (certificate, key)):
+    names = [name for name in (certificate, key) if name]
+    for name in names:
         try:
             open(name, "rb").close()
         except OSError as error:
@@ -2430,7 +2451,8 @@ def _load_certificate(context: ssl.SSLContext, certificate: str, key: Optional[s
         context.load_cert_chain(certificate, key, refuse)
     except OSError as error:            # ssl.SSLError is one
         raise StartError("no certificate with its key in %s: %s"
-                         % (" and ".join(filter(None, (certificate, key))), error)) from None
+                         % (" and ".join(names), error)) from None
+    return context
 
 
 def _make_server(options: argparse.Namespace, log: Log,
@@ -2488,7 +2510,7 @@ def _run_daemon(options: argparse.Namespace, log: Log) -> int:
             hint)) from None
     if stop.asked:              # before there was anything to stop
         server.drain(0, 0)
-    _reload_on_signal(server, log, options)
+    _Reload(server, log, options)
     places = " and ".join(map(str, server.addresses)) or "inherited sockets"
     log.info("listening on %s, piping mails to: %s", places, options.command)
     if not options.auth and not all(peer.host is None or peer.host.startswith("127.")
@@ -2523,21 +2545,37 @@ class _Stop:
         self._server.drain(GRACE, self._patience)
 
 
-def _reload_on_signal(server: Server, log: Log, options: argparse.Namespace) -> None:
-    """Let SIGHUP reopen the log and load the certificate anew."""
-    import signal
+class _Reload:
+    """What SIGHUP does: the log is reopened, and the certificate loaded anew."""
 
-    def reload(number: int, frame: object) -> None:
-        _reopen_log(log)
-        if options.tls_cert_file and server.tls:
-            try:
-                # A trial first: files that do not match must not replace those that do.
-                _tls_context(options.tls_cert_file, options.tls_key_file)
-                _load_certificate(server.tls, options.tls_cert_file, options.tls_key_file)
+    def __init__(self, server: Server, log: Log, options: argparse.Namespace) -> None:
+        import signal
+        self._server, self._log, self._options = server, log, options
+        self._asked = self._busy = False
+        # Where the daemon has a terminal, SIGHUP says that it was closed.
+        if hasattr(signal, "SIGHUP") and not os.isatty(2):
+            signal.signal(signal.SIGHUP, self)
+
+    def __call__(self, number: int, frame: object) -> None:
+        self._asked = True
+        if self._busy:      # this was interrupted by one more signal
+            return
+        self._busy = True
+        try:
+            while self._asked:
+                self._asked = False
+                self._reload()
+        finally:
+            self._busy = False
+
+    def _reload(self) -> None:
+        _reopen_log(self._log)
+        if self._options.tls_cert_file:
+            try:    # not into the context in use: OpenSSL forbids that, and the new may be unfit
+                self._server.tls = _tls_context(self._options.tls_cert_file,
+                                                self._options.tls_key_file)
             except StartError as error:
-                log.error("kept the certificate: %s", error)
-    if hasattr(signal, "SIGHUP") and not os.isatty(2):      # or else the terminal was closed
-        signal.signal(signal.SIGHUP, reload)
+                self._log.error("kept the certificate: %s", error)
 
 
 def _inherited_sockets(inetd: bool) -> List[socket.socket]:

@@ -7,13 +7,19 @@ by name where a program that they talk to is missing.
 
 import base64
 import contextlib
-import io
+import email
+import email.policy
+import fcntl
+import functools
+import grp
+import hashlib
 import itertools
 import os
-import random
+import pty
+import pwd
 import re
-import resource
 import select
+import shlex
 import shutil
 import signal
 import smtplib
@@ -24,6 +30,7 @@ import struct
 import subprocess
 import sys
 import tempfile
+import termios
 import textwrap
 import threading
 import time
@@ -386,9 +393,11 @@ class TraceFields(unittest.TestCase):
     def test_received_line(self):
         for name, peer, protocol, begin in (
                 ("a.example", msmtpd.Peer("192.0.2.1", 1), "ESMTP",
-                 b"Received: from a.example ([192.0.2.1])\n\tby localhost (msmtpd) with ESMTP;\n\t"),
+                 b"Received: from a.example ([192.0.2.1])\n"
+                 b"\tby localhost (msmtpd) with ESMTP;\n\t"),
                 ("unknown", msmtpd.Peer("fe80::1%eth0", 1), "SMTP",
-                 b"Received: from unknown ([IPv6:fe80::1])\n\tby localhost (msmtpd) with SMTP;\n\t"),
+                 b"Received: from unknown ([IPv6:fe80::1])\n"
+                 b"\tby localhost (msmtpd) with SMTP;\n\t"),
                 ("x", msmtpd.Peer(None, None), "UTF8SMTPSA",
                  b"Received: from x\n\tby localhost (msmtpd) with UTF8SMTPSA;\n\t")):
             line = msmtpd.received_line(name, peer, protocol, 0)
@@ -914,8 +923,10 @@ class AddressRule(unittest.TestCase):
             'cat "%F" --', "cat -x '' \"a b\" %F", "cat 'a;b' %F", r"cat a\;b %F", "cat a=b %F",
             "/usr/bin/env cat %F")
     UNSAFE = ("cat a%F", "cat 'x %F'", "cat from=%F", "sh -c 'cat' %F", "sh -c 'cat -f %F'",
-              "bash -c 'cat \"$@\"' x", "cat %F; cat", "cat $HOME %F", "cat `true` %F", "cat %F | cat",
-              "cat <x %F", "cat *", "cat ~ %F", "A=b cat %F", "cat # %F", "/usr/bin/ssh host cat %F",
+              "bash -c 'cat \"$@\"' x", "cat %F; cat", "cat $HOME %F", "cat `true` %F",
+              "cat %F | cat",
+              "cat <x %F", "cat *", "cat ~ %F", "A=b cat %F", "cat # %F",
+              "/usr/bin/ssh host cat %F",
               "nice ssh host", "cat --rsh=ssh %F", "cat -e 'ssh -x' %F", "xargs cat", "busybox sh",
               "su -c cat", "sudo cat %F", "cat \"$HOME\" %F", "nosuchprogram %F", "cat -f %F%F",
               "exec cat %F", "/bin/bash5.2 %F", "cat {a,b} %F", "cat && cat", "! cat")
@@ -985,7 +996,7 @@ class Delivery(ProgramCase):
                 self.assertEqual(self.delivered()[-1], (arguments, body))
 
     def test_exit_statuses(self):
-        expected = {0: None, **{status: (554, "5.3.0") for status in range(1, 256)}}
+        expected = {0: None, **dict.fromkeys(range(1, 256), (554, "5.3.0"))}
         expected.update({
             65: (554, "5.6.0"), 67: (554, "5.1.1"), 77: (554, "5.7.0"), 78: (554, "5.3.5"),
             68: (451, "4.3.0"), 69: (451, "4.3.0"), 71: (451, "4.3.0"), 75: (451, "4.3.0"),
@@ -1046,7 +1057,8 @@ class Delivery(ProgramCase):
         failure = self.run_command(script)[0]
         self.assertEqual(list(failure.details), ["no\x1b way", "sorry"])
         self.assertEqual(str(failure), "Command failed (exit 1): no? way; sorry")
-        script = self.script("moan", "#!/bin/sh\nhead -c 100000 /dev/zero | tr '\\0' x >&2; exit 1\n")
+        script = self.script(
+            "moan", "#!/bin/sh\nhead -c 100000 /dev/zero | tr '\\0' x >&2; exit 1\n")
         failure = self.run_command(script)[0]
         self.assertEqual(str(failure), "Command failed (exit 1): " + "x" * 300)
         self.assertEqual(sum(map(len, failure.details)), 4096)
@@ -1409,7 +1421,8 @@ class Options(ProgramCase):
                 (["--interface=300.1.1.1", "--port=0"], "300.1.1.1 is no IP address"),
                 (["--interface=192.0.2.1", "--port=0"], "cannot listen on 192.0.2.1"),
                 (["--command="], "--command"), (["--command= "], "empty"),
-                (["--command=cat;"], "ends in ;"), (["--command=cat 'x"], "Unterminated|unexpected"),
+                (["--command=cat;"], "ends in ;"),
+                (["--command=cat 'x"], "Unterminated|unexpected"),
                 (["--command=a\nb"], "one line"), (["--log="], "--log"),
                 (["--log=/nonexistent/log"], "/nonexistent/log"), (["--auth="], "--auth"),
                 (["--auth=,x"], "--auth"), (["--auth=x,"], "--auth"),
@@ -1477,7 +1490,8 @@ class Daemon(ProgramCase):
         script = self.script("fail", "#!/bin/sh\necho broken >&2; exit $1\n")
         for status, reply, word in ((1, "554 5.3.0", "failed"), (75, "451 4.3.0", "deferred")):
             daemon = self.start("--command=%s %d" % (script, status), "--received=off")
-            self.assertEqual(self.send(daemon), reply + " Command failed (exit %d): broken" % status)
+            self.assertEqual(self.send(daemon),
+                             "%s Command failed (exit %d): broken" % (reply, status))
             self.stop(daemon)
             self.assertRegex(self.logged(), r"error: session 1: broken\n.* size=16 status=%s "
                              r"exit=%d seconds=" % (word, status))
@@ -1494,8 +1508,8 @@ class Daemon(ProgramCase):
     def test_values_in_the_log_are_escaped_and_cut(self):
         daemon = self.start()
         with Client(daemon) as client:
-            client.open("MAIL FROM:<%s@b> SMTPUTF8" % ("x" * 300), "RCPT TO:<\u00fc\u0301@b>", "DATA",
-                        "x\r\n.")
+            client.open("MAIL FROM:<%s@b> SMTPUTF8" % ("x" * 300), "RCPT TO:<\u00fc\u0301@b>",
+                        "DATA", "x\r\n.")
         self.stop(daemon)
         self.assertIn("from=<%s>" % ("x" * 200), self.logged())
 
@@ -1512,10 +1526,11 @@ class Daemon(ProgramCase):
             self.assertNotIn(secret, self.logged())
 
     def test_log_is_reopened(self):
-        for change in (lambda: None, lambda: daemon.send_signal(signal.SIGHUP)):
+        for hang_up in (False, True):
             daemon = self.start()
             os.rename(self.log, self.log + ".1")
-            change()
+            if hang_up:
+                daemon.send_signal(signal.SIGHUP)
             self.send(daemon)
             wait_for(lambda: "status=sent" in self.logged(), "the new log")
             self.stop(daemon)
@@ -1718,8 +1733,9 @@ class Inetd(ProgramCase):
         master, slave = pty.openpty()
         self.addCleanup(os.close, master)
         tty.setraw(slave)
-        process = subprocess.Popen([sys.executable, PROGRAM, "--inetd", "--command=" + self.capture],
-                                   stdin=slave, stdout=slave, stderr=slave)
+        process = subprocess.Popen(
+            [sys.executable, PROGRAM, "--inetd", "--command=" + self.capture],
+            stdin=slave, stdout=slave, stderr=slave)
         self.addCleanup(self.end, process)
         os.close(slave)
         os.write(master, b"HELO me\nMAIL FROM:me\nRCPT TO:you\nDATA\nHello\n.\nQUIT\n")
@@ -1744,10 +1760,1138 @@ class Inetd(ProgramCase):
 
     def test_closed_descriptors(self):
         for closed in ("2>&-", "<&- >&- 2>&-"):
-            status = subprocess.run(["sh", "-c", 'exec "$@" ' + closed, "sh", sys.executable, PROGRAM,
-                                     "--inetd"], stdin=subprocess.DEVNULL,
-                                    stdout=subprocess.DEVNULL, timeout=PATIENCE, check=False)
+            status = subprocess.run(
+                ["sh", "-c", 'exec "$@" ' + closed, "sh", sys.executable, PROGRAM, "--inetd"],
+                stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, timeout=PATIENCE, check=False)
             self.assertEqual(status.returncode, 0, closed)
+
+
+# Programs of others
+
+# Made for these tests and good for nothing else: two certificates for localhost, good to the
+# year 2119, each with its key, and the first key again, encrypted with the password "secret".
+CERTIFICATE_1 = """\
+-----BEGIN CERTIFICATE-----
+MIIBdzCCAR2gAwIBAgIBATAKBggqhkjOPQQDAjAUMRIwEAYDVQQDDAlsb2NhbGhv
+c3QwIBcNMjAwMTAxMDAwMDAwWhgPMjExOTEyMzEyMzU5NTlaMBQxEjAQBgNVBAMM
+CWxvY2FsaG9zdDBZMBMGByqGSM49AgEGCCqGSM49AwEHA0IABHAR94KOYiEqwAfU
+EIuZFixpnHQ8w+y1fWzrcB04ep9yYwifMG2n1iFCRUHsZR96yPG0KfkkbxkxEopo
+cb5TGwqjXjBcMB0GA1UdDgQWBBSlivPCBO+jGQN3QXgNVhU0hQjA4DAPBgNVHRMB
+Af8EBTADAQH/MA4GA1UdDwEB/wQEAwIChDAaBgNVHREEEzARgglsb2NhbGhvc3SH
+BH8AAAEwCgYIKoZIzj0EAwIDSAAwRQIhAJ5zzee5tJ2uqVvrYey6cUpJYAqFGk42
+d1oanghjFyUXAiAc7wnvXFJIbnpjHvSwHftvi/5/r2DFpT4S9VSLwbe1Og==
+-----END CERTIFICATE-----
+"""
+KEY_1 = """\
+-----BEGIN PRIVATE KEY-----
+MIGHAgEAMBMGByqGSM49AgEGCCqGSM49AwEHBG0wawIBAQQg9RlexVH+4xPSgrlv
+1TIVxRg76m1pRy/+hI5frZsrbiahRANCAARwEfeCjmIhKsAH1BCLmRYsaZx0PMPs
+tX1s63AdOHqfcmMInzBtp9YhQkVB7GUfesjxtCn5JG8ZMRKKaHG+UxsK
+-----END PRIVATE KEY-----
+"""
+CERTIFICATE_2 = """\
+-----BEGIN CERTIFICATE-----
+MIIBdjCCAR2gAwIBAgIBAjAKBggqhkjOPQQDAjAUMRIwEAYDVQQDDAlsb2NhbGhv
+c3QwIBcNMjAwMTAxMDAwMDAwWhgPMjExOTEyMzEyMzU5NTlaMBQxEjAQBgNVBAMM
+CWxvY2FsaG9zdDBZMBMGByqGSM49AgEGCCqGSM49AwEHA0IABGXrbVOChFd/Ux9f
+1r8GPYrwBLEFn31MqjhityoklGsPFjUYf87lf7tfawinPASgFRKxWjQ+8tsaL669
+seGWE7WjXjBcMB0GA1UdDgQWBBQy83gFBBjO4tCH26gp+vfPY7j6QTAPBgNVHRMB
+Af8EBTADAQH/MA4GA1UdDwEB/wQEAwIChDAaBgNVHREEEzARgglsb2NhbGhvc3SH
+BH8AAAEwCgYIKoZIzj0EAwIDRwAwRAIgCGTIgY63QjMcNNE/pUrZCmuKpWdflUHn
++WhwJ13uEMUCID9t3sW0n+Of19hMCQFz6lIprKznB74EVUy8Afic/bjH
+-----END CERTIFICATE-----
+"""
+KEY_2 = """\
+-----BEGIN PRIVATE KEY-----
+MIGHAgEAMBMGByqGSM49AgEGCCqGSM49AwEHBG0wawIBAQQgl2mvTNrrclRqKXb0
+xdz8oQ3SD9RndKL7xA+1/CdEMF6hRANCAARl621TgoRXf1MfX9a/Bj2K8ASxBZ99
+TKo4YrcqJJRrDxY1GH/O5X+7X2sIpzwEoBUSsVo0PvLbGi+uvbHhlhO1
+-----END PRIVATE KEY-----
+"""
+ENCRYPTED_KEY = """\
+-----BEGIN ENCRYPTED PRIVATE KEY-----
+MIHsMFcGCSqGSIb3DQEFDTBKMCkGCSqGSIb3DQEFDDAcBAiY6FGkapTMXQICCAAw
+DAYIKoZIhvcNAgkFADAdBglghkgBZQMEASoEEGDCpvGDLctvcSoJ5UQlKAoEgZBw
+KDisEXYsXC0mopbyDE7g5N+qN9koEq+NpedKNW/5su1gKegxFfd0MAckiBQOgMJV
+woEEiku7lqJy2Yl8rzIJWDdyjVZuTDp/OYHD3pJ3iGT9Xg/DYzGmnjOqcpU4vMSc
+Cu/M/wAdf5Uc+XOHHhY3hoqIYsSIk1cEWgNsXpiVo7F0CNjTpMiUzZ4ZYoUptt4=
+-----END ENCRYPTED PRIVATE KEY-----
+"""
+
+TEXT = """\
+.A line with a dot in front,
+..and one with two.
+
+Grüße in 8 bits, trailing blanks  \t
+.
+After a line that is but a dot, a long one: %s
+""" % ("0123456789" * 90)
+LETTER = ("""\
+From: Ann <a@example.org>
+To: b@example.org, c@example.org
+Date: Mon, 23 Nov 2026 07:00:00 +0000
+Message-ID: <1@example.org>
+Subject: Greetings
+MIME-Version: 1.0
+Content-Type: text/plain; charset=utf-8
+Content-Transfer-Encoding: 8bit
+
+""" + TEXT).encode()
+FINGERPRINT = ":".join("%02X" % byte for byte in hashlib.sha256(
+    ssl.PEM_cert_to_DER_cert(CERTIFICATE_1)).digest())
+ENVELOPE = ["-f", "a@example.org", "--", "b@example.org", "c@example.org"]
+
+
+def trusting(certificate=CERTIFICATE_1):
+    """A client's TLS context that trusts one certificate."""
+    return ssl.create_default_context(cadata=certificate)
+
+
+class PeerCase(ProgramCase):
+    """Tests with programs of others: one that is missing skips the test by its name."""
+
+    def setUp(self):
+        super().setUp()
+        self.home = {"HOME": self.folder, "PATH": os.environ.get("PATH", os.defpath),
+                     "LC_ALL": "C.UTF-8", "GIT_CONFIG_NOSYSTEM": "1"}
+        self.tls_files = ("--tls-cert-file=" + self.write("certificate", CERTIFICATE_1),
+                          "--tls-key-file=" + self.write("key", KEY_1))
+
+    def write(self, name, data):
+        """Write a file that only its owner may read, and return its path."""
+        path = os.path.join(self.folder, name)
+        with open(path, "wb") as file:
+            file.write(data.encode() if isinstance(data, str) else data)
+        os.chmod(path, 0o600)
+        return path
+
+    def need(self, *names, where=""):
+        """The path of the first of these programs, skipping the test where one is missing."""
+        places = os.pathsep.join((where, self.home["PATH"], "/usr/sbin:/sbin"))
+        paths = [shutil.which(name, path=places) for name in names]
+        for name, path in zip(names, paths):
+            if not path:
+                self.skipTest("no " + name)
+        return paths[0]
+
+    def peer(self, *words, data=b"", status=0, **environment):
+        """Run a program to its end, see that it has the right status, and return its output."""
+        done = subprocess.run(words, input=data, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+                              timeout=PATIENCE, check=False, cwd=self.folder,
+                              env={**self.home, **environment})
+        output = done.stdout.decode("utf-8", "replace")
+        self.assertEqual(done.returncode, status, output)
+        return output
+
+    def spawn(self, *words, **popen):
+        """Start a program that is ended with the test."""
+        popen.setdefault("env", self.home)
+        process = subprocess.Popen(words, stdin=popen.pop("stdin", subprocess.DEVNULL), **popen)
+        self.addCleanup(self.end, process)
+        return process
+
+    def address(self):
+        """Where the daemon that writes to self.log listens, once it does."""
+        match = wait_for(lambda: re.search(r"listening on \[(.*?)\]:(\d+)", self.logged()),
+                         "a daemon that listens")
+        return match.group(1), int(match.group(2))
+
+    def post(self, address, protocol="ESMTP", context=None, **expected):
+        """Send the letter by smtplib, within TLS for a context, and see that it arrived."""
+        with contextlib.closing(smtplib.SMTP(*address, timeout=PATIENCE)) as client:
+            if context:
+                client.starttls(context=context)
+            self.post_by(client, protocol, **expected)
+
+    def post_by(self, client, protocol="ESMTP", **expected):
+        """The same by a client that is connected."""
+        client.sendmail("a@example.org", ["b@example.org", "c@example.org"],
+                        LETTER.replace(b"\n", b"\r\n"), ["BODY=8BITMIME"])
+        client.quit()
+        self.check_mail(self.delivered()[-1], protocol, **expected)
+
+    def check_mail(self, mail, protocol="ESMTP", envelope=ENVELOPE, data=LETTER,
+                   source="127.0.0.1"):
+        """See that a mail that the command got is the one sent, behind its Received line."""
+        arguments, received = mail
+        self.assertEqual(arguments, envelope)
+        source = r" \(\[%s\]\)" % re.escape(source) if source else ""
+        self.assertRegex(received.decode("utf-8", "replace"),
+                         r"\AReceived: from \S+%s\n\tby localhost \(msmtpd\) with %s;\n\t.*\n"
+                         % (source, protocol))
+        self.assertEqual(without_trace(received), data)
+
+
+class RealClients(PeerCase):
+    """The mail programs that people have, each delivering the same letter."""
+
+    def setUp(self):
+        super().setUp()
+        self.ports = {}
+
+    def port(self, way):
+        """The port of a server that wants of its clients no more, AUTH, or TLS and AUTH."""
+        if way not in self.ports:
+            options = {}
+            if way != "plain":
+                options["authenticate"] = lambda *login: login == ("joe", "secret")
+            if way in ("starttls", "tls"):
+                options["tls"] = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+                options["tls"].load_cert_chain(*(word.split("=")[1] for word in self.tls_files))
+            server = msmtpd.Server(msmtpd.Command(self.capture + " -f %F --"), received=True,
+                                   starttls=way != "tls", **options)
+            server.start()
+            self.addCleanup(server.stop)
+            self.ports[way] = server.port
+        return self.ports[way]
+
+    def check_client(self, words, *rows, compare=None, data=LETTER):
+        """Run a client's command line once a row of way, protocol and further words.
+
+        `compare` looks at the mail where it is not the very letter that arrives.
+        """
+        names = {"ca": os.path.join(self.folder, "certificate"),
+                 "letter": self.write("letter", LETTER),
+                 "unended": self.write("unended", LETTER[:-1]),     # to which some add an end
+                 "fingerprint": FINGERPRINT,
+                 "login": "joe:secret"}
+        for way, protocol, options in rows:
+            with self.subTest(way=way, options=options):
+                before = len(self.delivered())
+                names.update(port=self.port(way), way=way, options=options)
+                line = shlex.split(words.replace("{options}", options))
+                self.peer(*(word.format_map(names) for word in line), data=data)
+                mail, = self.delivered()[before:]
+                (compare or self.check_mail)(mail, protocol)
+
+    def check_composed(self, mail, protocol):
+        """See that a mail that the client composed itself says the same as the letter."""
+        message = email.message_from_bytes(without_trace(mail[1]), policy=email.policy.default)
+        self.assertEqual((message["Subject"], message["From"].addresses[0].addr_spec,
+                          [to.addr_spec for to in message["To"].addresses]),
+                         ("Greetings", "a@example.org", ["b@example.org", "c@example.org"]))
+        self.assertEqual(message.get_content().replace("\r\n", "\n"), TEXT)
+        self.check_mail(mail, protocol, data=without_trace(mail[1]))
+
+    def test_msmtp(self):
+        self.need("msmtp")
+        login = "--user=joe --passwordeval='echo secret'"
+        trust = "--tls=on --tls-trust-file={ca}"
+        self.check_client(
+            "msmtp --host=127.0.0.1 --port={port} --from=a@example.org --domain=client.example "
+            "{options} -- b@example.org c@example.org",
+            ("plain", "ESMTP", ""),
+            ("auth", "ESMTPA", "--auth=plain " + login),
+            ("auth", "ESMTPA", "--auth=login " + login),
+            ("starttls", "ESMTPSA", "--auth=on %s %s" % (login, trust)),
+            ("starttls", "ESMTPSA", "--auth=plain --tls=on --tls-certcheck=off " + login),
+            ("starttls", "ESMTPSA",
+             "--auth=login --tls=on --tls-fingerprint={fingerprint} " + login),
+            ("tls", "ESMTPSA", "--auth=plain --tls-starttls=off %s %s" % (login, trust)))
+
+    def test_swaks(self):
+        self.need("swaks")
+        login = "--auth-user joe --auth-password secret"
+        self.check_client(
+            "swaks --server 127.0.0.1 --port {port} --from a@example.org "
+            "--to b@example.org,c@example.org --ehlo client.example --suppress-data "
+            "--data @{unended} {options}",
+            ("plain", "ESMTP", ""),
+            ("plain", "SMTP", "--protocol SMTP"),
+            ("plain", "ESMTP", "--pipeline"),
+            ("auth", "ESMTPA", "--auth PLAIN " + login),
+            ("auth", "ESMTPA", "--auth LOGIN --pipeline " + login),
+            ("starttls", "ESMTPSA", "--tls --auth PLAIN " + login),
+            ("tls", "ESMTPSA", "--tls-on-connect --auth LOGIN " + login))
+
+    def test_curl(self):
+        self.need("curl")
+        if "smtp" not in self.peer("curl", "--version"):
+            self.skipTest("no curl with SMTP")
+        rows = [(way, protocol, options.replace("URL", "127.0.0.1:{port}/client.example"))
+                for way, protocol, options in (
+                    ("plain", "ESMTP", "smtp://URL"),
+                    ("auth", "ESMTPA", "smtp://URL --user {login} --login-options AUTH=PLAIN"),
+                    ("auth", "ESMTPA", "smtp://URL --user {login} --login-options AUTH=LOGIN"),
+                    ("starttls", "ESMTPSA", "smtp://URL --user {login} --ssl-reqd --cacert {ca}"),
+                    ("tls", "ESMTPSA", "smtps://URL --user {login} --cacert {ca}"))]
+        self.check_client("curl --silent --show-error --mail-from a@example.org --mail-rcpt "
+                          "b@example.org --mail-rcpt c@example.org --crlf -T - {options}", *rows)
+
+    def test_smtplib(self):
+        for way, protocol in (("plain", "ESMTP"), ("auth", "ESMTPA"), ("starttls", "ESMTPSA"),
+                              ("tls", "ESMTPSA")):
+            with self.subTest(way=way):
+                options = {"context": trusting()} if way == "tls" else {}
+                client = (smtplib.SMTP_SSL if options else smtplib.SMTP)(
+                    "127.0.0.1", self.port(way), timeout=PATIENCE, **options)
+                with contextlib.closing(client):
+                    if way == "starttls":
+                        client.starttls(context=trusting())
+                    if way != "plain":
+                        client.login("joe", "secret")
+                    self.post_by(client, protocol)
+
+    def test_net_smtp(self):
+        self.need("perl")
+        for module in "Net::SMTP", "Authen::SASL", "IO::Socket::SSL":
+            if subprocess.call(["perl", "-M" + module, "-e", "1"], stderr=subprocess.DEVNULL):
+                self.skipTest("no perl with " + module)
+        script = self.write("send.pl", r"""
+            use Net::SMTP;
+            my ($port, $way, $ca) = @ARGV;
+            my $letter = do { local $/; <STDIN> };
+            my $client = Net::SMTP->new("127.0.0.1", Port => $port, Hello => "client.example",
+                SSL => $way eq "tls", SSL_ca_file => $ca) or die "no connection: $@";
+            $client->starttls(SSL_ca_file => $ca) or die $client->message if $way eq "starttls";
+            $client->auth("joe", "secret") or die $client->message unless $way eq "plain";
+            $client->mail("a\@example.org") && $client->to("b\@example.org", "c\@example.org")
+                && $client->data($letter) && $client->quit or die $client->message;
+            """)
+        self.check_client("perl %s {port} {way} {ca}" % script, ("plain", "ESMTP", ""),
+                          ("auth", "ESMTPA", ""), ("starttls", "ESMTPSA", ""),
+                          ("tls", "ESMTPSA", ""))
+
+    def test_nodemailer(self):
+        self.need("node")
+        self.home["NODE_PATH"] = os.environ.get("NODE_PATH", "")
+        if subprocess.call(["node", "-e", "require('nodemailer')"], stderr=subprocess.DEVNULL):
+            self.skipTest("no nodemailer")
+        script = self.write("send.js", r"""
+            const fs = require("fs"), [port, way, ca] = process.argv.slice(2);
+            require("nodemailer").createTransport({
+                host: "127.0.0.1", port: +port, name: "client.example", secure: way === "tls",
+                ignoreTLS: way === "auth", requireTLS: way === "starttls",
+                tls: {ca: fs.readFileSync(ca)},
+                auth: way === "plain" ? undefined : {user: "joe", pass: "secret"},
+            }).sendMail({
+                envelope: {from: "a@example.org", to: ["b@example.org", "c@example.org"]},
+                raw: fs.readFileSync(0),
+            }).catch(error => { console.error(error); process.exit(1); });
+            """)
+        self.check_client("node %s {port} {way} {ca}" % script, ("plain", "ESMTP", ""),
+                          ("auth", "ESMTPA", ""), ("starttls", "ESMTPSA", ""),
+                          ("tls", "ESMTPSA", ""))
+
+    def test_git_send_email(self):
+        self.need("git")
+        if not os.path.exists(os.path.join(self.peer("git", "--exec-path").strip(),
+                                           "git-send-email")):
+            self.skipTest("no git send-email")
+        login = "--smtp-user=joe --smtp-pass=secret"
+        self.check_client(
+            "git send-email --quiet --confirm=never --suppress-cc=all "
+            "'--from=Ann <a@example.org>' --to=b@example.org --to=c@example.org "
+            "--smtp-server=127.0.0.1 --smtp-server-port={port} --smtp-domain=client.example "
+            "--transfer-encoding=8bit {options} {letter}",
+            ("plain", "ESMTP", ""), ("auth", "ESMTPA", "--smtp-auth=PLAIN " + login),
+            ("starttls", "ESMTPSA",
+             "--smtp-encryption=tls --smtp-ssl-cert-path={ca} --smtp-auth=LOGIN " + login),
+            compare=self.check_composed)
+
+    def test_s_nail(self):
+        self.need("s-nail")
+        self.check_client(
+            "s-nail -:/ -Sv15-compat -Ssendwait -Shostname=client.example -Sttycharset=utf-8 "
+            "-SDEAD=/dev/null -Stls-ca-file={ca} -Smta=smtp://{options} -r a@example.org "
+            "-s Greetings b@example.org c@example.org",
+            ("plain", "SMTP", "127.0.0.1:{port} -Ssmtp-auth=none"),
+            ("auth", "ESMTPA", "{login}@127.0.0.1:{port} -Ssmtp-auth=plain"),
+            ("auth", "ESMTPA", "{login}@127.0.0.1:{port} -Ssmtp-auth=login"),
+            ("starttls", "ESMTPSA", "{login}@localhost:{port} -Ssmtp-auth=plain "
+             "-Ssmtp-use-starttls"),
+            compare=self.check_composed, data=TEXT.encode())
+
+    def test_mutt(self):
+        self.need("mutt")
+        common = ("set ssl_starttls=no ssl_force_tls=no smtp_pass=secret send_charset=utf-8 "
+                  "hostname=client.example from=a@example.org copy=no "
+                  "certificate_file=%s/certificate" % self.folder)
+        rc = self.write("muttrc", common)
+        self.check_client(
+            "mutt -F %s {options} -s Greetings -- b@example.org c@example.org" % rc,
+            ("plain", "ESMTP", "-e 'set smtp_url=smtp://127.0.0.1:{port}'"),
+            ("auth", "ESMTPA", "-e 'set smtp_url=smtp://joe@127.0.0.1:{port} "
+             "smtp_authenticators=plain'"),
+            ("auth", "ESMTPA", "-e 'set smtp_url=smtp://joe@127.0.0.1:{port} "
+             "smtp_authenticators=login'"),
+            ("starttls", "ESMTPSA", "-e 'set smtp_url=smtp://joe@127.0.0.1:{port} "
+             "ssl_starttls=yes ssl_force_tls=yes'"),
+            compare=self.check_composed, data=TEXT.encode())
+
+    def test_smtp_source(self):
+        source = os.environ.get("SMTP_SOURCE") or self.need("smtp-source")
+        self.home["LD_LIBRARY_PATH"] = os.environ.get("LD_LIBRARY_PATH", "")
+        port = self.port("plain")
+        self.peer(source, "-s", "8", "-m", "12", "-f", "a@example.org", "-t", "b@example.org",
+                  "-M", "client.example", "-F", self.write("letter", LETTER), "127.0.0.1:%d" % port)
+        mails = self.delivered()
+        self.assertEqual(len(mails), 12)
+        for mail in mails:
+            self.check_mail(mail, "SMTP", ENVELOPE[:4], LETTER + b"\n")   # which it adds
+
+
+class Devices(ServerCase):
+    """Clients that cannot be had for a test, in the dialogues that they hold."""
+
+    LOGIN = {"authenticate": lambda user, password: (user, password) == ("joe", "secret")}
+    EXTENSIONS = ("S: 250-localhost\nS: 250-PIPELINING\nS: 250-SIZE 67108864\nS: 250-8BITMIME\n"
+                  "S: 250-SMTPUTF8\nS: 250-ENHANCEDSTATUSCODES\nS: 250 AUTH PLAIN LOGIN\n")
+    MAIL = "S: 354\nC: Subject: scan\nC: \nC: See attachment\nC: .\nS: 250 2.0.0 Delivered\n"
+
+    def check_device(self, dialogue, recipients=("b@example.org",), user="joe", mails=1, **options):
+        """Hold a dialogue and look at the mails.
+
+        The extensions behind EHLO, the mail behind DATA, greeting and end are put in here.
+        """
+        dialogue = textwrap.dedent(dialogue)
+        dialogue = re.sub("(?mi)^C: EHLO.*\n", r"\g<0>" + self.EXTENSIONS, dialogue)
+        dialogue = re.sub("(?mi)^C: DATA\n", r"\g<0>" + self.MAIL, dialogue)
+        arrived = self.check_dialogue(
+            "S: 220 localhost ESMTP msmtpd\n%sC: QUIT\nS: 221 2.0.0 Goodbye\n" % dialogue,
+            **(self.LOGIN if user else {}), **options)
+        self.assertEqual([vars_of(mail)[:3] + (mail.user,) for mail in arrived],
+                         [("a@example.org", list(recipients), b"Subject: scan\n\nSee attachment\n",
+                           user)] * mails)
+
+    def test_printer_asks_login_with_the_exact_prompts(self):
+        self.check_device("""\
+            C: EHLO [192.168.1.20]
+            C: AUTH LOGIN
+            S: 334 VXNlcm5hbWU6
+            C: am9l
+            S: 334 UGFzc3dvcmQ6
+            C: c2VjcmV0
+            S: 235 2.7.0 Authenticated
+            C: MAIL FROM: <a@example.org>
+            S: 250 2.1.0
+            C: RCPT TO: <b@example.org>
+            S: 250 2.1.5
+            C: DATA
+            """)
+
+    def test_camera_says_ehlo_then_helo_then_auth(self):
+        self.check_device("""\
+            C: EHLO IP CAMERA
+            C: HELO IP CAMERA
+            S: 250 localhost
+            C: auth login
+            S: 334 VXNlcm5hbWU6
+            C: am9l
+            S: 334 UGFzc3dvcmQ6
+            C: c2VjcmV0
+            S: 235
+            C: mail from:<a@example.org>
+            S: 250
+            C: rcpt to:<b@example.org>
+            S: 250
+            C: data
+            """)
+
+    def test_dot_net_gives_the_user_with_auth_login(self):
+        self.check_device("""\
+            C: EHLO WIN-HOST
+            C: AUTH login am9l
+            S: 334 UGFzc3dvcmQ6
+            C: c2VjcmV0
+            S: 235
+            C: MAIL FROM:<a@example.org>
+            S: 250
+            C: RCPT TO:<b@example.org>
+            S: 250
+            C: DATA
+            """)
+
+    def test_raid_controller_writes_no_angle_brackets(self):
+        self.check_device("""\
+            C: HELO
+            S: 250 localhost
+            C: MAIL FROM:a@example.org
+            S: 250 2.1.0
+            C: RCPT TO: b@example.org
+            S: 250 2.1.5
+            C: RCPT TO:root
+            S: 250 2.1.5
+            C: DATA
+            """, ("b@example.org", "root"), user=None)
+
+    def test_keeping_a_connection_alive(self):
+        self.check_device("C: HELO client.example\nS: 250\n" + 3 * textwrap.dedent("""\
+            C: NOOP
+            S: 250 2.0.0
+            C: NOOP are you there
+            S: 250 2.0.0
+            C: MAIL FROM:<a@example.org>
+            S: 250
+            C: RCPT TO:<b@example.org>
+            S: 250
+            C: DATA
+            C: RSET
+            S: 250 2.0.0
+            """), user=None, mails=3)
+
+    def test_parameters_that_are_not_offered(self):
+        self.check_device("""\
+            C: HELO client.example
+            S: 250
+            C: MAIL FROM:<a@example.org> AUTH=<> RET=HDRS ENVID=QQ314159 SIZE=35 BODY=8BITMIME
+            S: 250
+            C: RCPT TO:<b@example.org> NOTIFY=SUCCESS,FAILURE ORCPT=rfc822;b@example.org
+            S: 250
+            C: RCPT TO:<c@example.org> NOTIFY=NEVER
+            S: 250
+            C: DATA
+            """, ("b@example.org", "c@example.org"), user=None)
+
+
+class Services(PeerCase):
+    """Started by the programs that start services."""
+
+    @staticmethod
+    def from_the_manual(pattern):
+        """What a pattern finds in the manual page, as it is to be typed."""
+        with open(os.path.join(HERE, "msmtpd.1"), encoding="utf-8") as file:
+            found = re.search(pattern, file.read(), re.DOTALL | re.MULTILINE).group(1)
+        return found.replace("\\e\n", "").replace("/usr/local/bin/msmtpd", PROGRAM)
+
+    def test_start_stop_daemon(self):
+        tool = self.need("start-stop-daemon")
+        pidfile = os.path.join(self.folder, "pid")
+        # What is still there after a failure must not outlive the test.
+        self.addCleanup(self.peer, tool, "--stop", "--oknodo", "--pidfile", pidfile,
+                        "--signal", "KILL")
+        for program, end in ((["--exec", PROGRAM, "--"], ["--quiet", "--signal", "TERM"]),
+                             (["--exec", sys.executable, "--", PROGRAM],
+                              ["--exec", sys.executable, "--retry=TERM/60/KILL/5"])):
+            with self.subTest(program=program):
+                self.log = os.path.join(self.folder, "log%d" % len(program))
+                start = [tool, "--start", "--pidfile", pidfile, "--make-pidfile", "--background",
+                         *program, "--port=0", "--command=%s -f %%F --" % self.capture,
+                         "--log=" + self.log]
+                self.peer(*start)
+                self.post(self.address())
+                self.peer(tool, "--status", "--pidfile", pidfile)
+                if sys.executable in end:       # the form that notices what runs
+                    self.assertIn("already running", self.peer(*start, status=1))
+                self.peer(tool, "--stop", "--pidfile", pidfile, "--remove-pidfile", *end)
+                wait_for(lambda: self.logged().endswith("info: stopped\n"), "the daemon to stop")
+                self.assertFalse(os.path.exists(pidfile))
+
+    def test_inetd(self):
+        inetd = self.need("inetd")
+        line = self.from_the_manual(r"^(127.0.0.1:25 stream tcp nowait msmtpd \S+ msmtpd --inetd) ")
+        for options, protocol in (((), "ESMTP"), (self.tls_files, "ESMTPS")):
+            with self.subTest(protocol=protocol):
+                port = free_port()
+                conf = self.write("inetd.conf", " ".join((
+                    line.replace(":25 ", ":%d " % port).replace(
+                        " msmtpd /", " %s /" % pwd.getpwuid(os.getuid()).pw_name),
+                    "--command=" + self.capture, "--log=" + self.log, *options)) + "\n")
+                service = self.spawn(inetd, "-d", conf, stderr=subprocess.DEVNULL)
+                wait_for(lambda port=port: can_connect(port), "inetd")
+                self.post(("127.0.0.1", port), protocol, trusting() if options else None,
+                          envelope=ENVELOPE[3:])
+                service.terminate()
+                service.wait(PATIENCE)
+
+    def test_systemd_units_of_the_manual(self):
+        self.need("systemd-analyze")
+        for kind in "socket", "service":
+            self.write("msmtpd." + kind, self.from_the_manual(
+                r"^\.Pa \S+/msmtpd\.%s :\n\.Bd [^\n]*\n(.*?)^\.Ed" % kind))
+        self.assertEqual(self.peer("systemd-analyze", "verify", "./msmtpd.socket",
+                                   "./msmtpd.service"), "")
+
+    def test_systemd_socket(self):
+        tool = self.need("systemd-socket-activate")
+        for activate, option in (((), "--debug"), (("--inetd", "--accept"), "--inetd")):
+            with self.subTest(option=option):
+                port = free_port()
+                service = self.spawn(
+                    tool, "--listen=127.0.0.1:%d" % port, *activate, sys.executable, PROGRAM,
+                    option, "--command=%s -f %%F --" % self.capture, "--log=" + self.log,
+                    stderr=subprocess.DEVNULL)
+                wait_for(lambda port=port: can_connect(port), "the socket")
+                self.post(("127.0.0.1", port))
+                self.post(("127.0.0.1", port))
+                service.terminate()
+                if not activate:        # it has become the daemon
+                    self.assertEqual(service.wait(PATIENCE), 0)
+                    self.assertIn("listening on [127.0.0.1]:%d" % port, self.logged())
+
+    @unittest.skipUnless(sys.platform == "linux", "no abstract sockets")
+    def test_systemd_is_notified_on_an_abstract_socket(self):
+        name = "msmtpd-test-%d" % os.getpid()
+        with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as notify:
+            notify.bind("\0" + name)
+            notify.settimeout(PATIENCE)
+            process = self.start(env={**os.environ, "NOTIFY_SOCKET": "@" + name})
+            self.assertEqual(notify.recv(100), b"READY=1")
+            self.assertEqual(self.stop(process)[0], 0)
+            self.assertEqual(notify.recv(100), b"STOPPING=1")
+
+    def become_nobody(self):
+        """The words that start a program as a user that does not exist, where one may."""
+        words = ["setpriv", "--reuid=54321", "--regid=54321", "--clear-groups"]
+        may = not os.getuid() and shutil.which(words[0]) and not subprocess.call(
+            [*words, sys.executable, "-c", ""], stderr=subprocess.DEVNULL)
+        return words if may else []
+
+    def alone(self, *wrapper):
+        """Start a copy of the file in an empty folder, without an environment; return the process.
+
+        Nothing is writable for it but what the command needs, and the place of temporary files.
+        """
+        place = os.path.join(self.folder, "alone")
+        os.mkdir(place)
+        shutil.copy(PROGRAM, place)
+        os.chmod(place, 0o555)
+        os.chmod(self.folder, 0o755)
+        os.chmod(os.path.join(self.folder, "mails"), 0o777)
+        self.addCleanup(os.chmod, place, 0o755)
+        with open(self.log, "wb") as log:
+            return self.spawn(
+                *wrapper, *self.become_nobody(), sys.executable, "-I", "-S", "-W", "error",
+                os.path.join(place, os.path.basename(PROGRAM)), "--port=0", "--log=-",
+                "--command=%s -f %%F --" % self.capture, cwd=place, env={}, stderr=log)
+
+    def check_alone(self, end):
+        """See that it serves, also a mail beyond its memory, and ends well and without warnings."""
+        address = self.address()
+        self.post(address)
+        with smtplib.SMTP(*address, timeout=PATIENCE) as client:
+            client.sendmail("a@example.org", ["b@example.org"], b"x" * 2000000)
+        self.assertEqual(len(without_trace(self.delivered()[-1][1])), 2000001)
+        self.assertEqual(end(), 0)
+        for line in self.logged().splitlines():
+            self.assertRegex(line, r"\A\d{4}-\d\d-\d\d [\d:]+ msmtpd\[\d+\] info: ")
+        self.assertEqual(os.listdir(os.path.join(self.folder, "alone")), ["msmtpd.py"])
+
+    def test_the_file_alone(self):
+        process = self.alone()
+        self.check_alone(lambda: self.stop(process)[0])
+
+    def test_container(self):
+        space = ["unshare", *["--user"] * bool(os.getuid()), "--pid", "--fork", "--kill-child"]
+        if not shutil.which("unshare") or subprocess.call(
+                space + ["true"], stderr=subprocess.DEVNULL):
+            self.skipTest("no unshare, or no right to it")
+        process = self.alone(*space)
+
+        def end():
+            with open("/proc/{0}/task/{0}/children".format(process.pid)) as children:
+                os.kill(int(children.read()), signal.SIGTERM)
+            return process.wait(PATIENCE)
+        self.check_alone(end)
+        self.assertIn(" msmtpd[1] ", self.logged())
+
+
+class Passwords(PeerCase):
+    """Where --auth finds its password, and what it says where it does not."""
+
+    def check_login(self, address, user="msmtpd-user", password="secret"):
+        """See that this is the password, and another is not."""
+        with contextlib.closing(smtplib.SMTP(*address, timeout=PATIENCE)) as client:
+            client.login(user, password)
+            self.post_by(client, "ESMTPA")
+
+    def check_refusal(self, *arguments, says, **options):
+        """See that the program does not start, and says why in one line."""
+        done = self.run_program("--port=0", *arguments, start_new_session=True, **options)
+        self.assertEqual((done.returncode, done.stdout), (3, b""))
+        self.assertRegex(done.stderr.decode(), r"\Amsmtpd: .*%s.*\n\Z" % says)
+
+    def test_key_ring(self):
+        self.need("dbus-run-session", "gnome-keyring-daemon", "secret-tool")
+        run = "%s %s --auth=msmtpd-user --port=0" % (sys.executable, PROGRAM)
+        script = self.script("session", r"""#!/bin/sh
+            unlock() { printf ring | gnome-keyring-daemon --unlock --components=secrets; }
+            case $1 in
+            empty)
+                unlock
+                %(run)s 2> empty
+                printf secret | secret-tool store --label=msmtpd \
+                    host localhost service smtp user msmtpd-user
+                secret-tool lookup host localhost service smtp user msmtpd-user ;;
+            locked)
+                %(run)s 2> locked ;;
+            unlocked)
+                unlock
+                %(run)s --command='%(capture)s -f %%F --' --log=%(log)s ;;
+            esac
+            """ % {"run": run, "capture": self.capture, "log": self.log})
+        environment = {**self.home, "XDG_RUNTIME_DIR": self.folder}
+
+        def session(what):
+            return self.spawn("dbus-run-session", "--", script, what, env=environment,
+                              cwd=self.folder, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
+                              start_new_session=True)
+        self.assertTrue(session("empty").communicate(timeout=PATIENCE)[0].endswith(b"secret"))
+        session("locked").communicate(timeout=PATIENCE)
+        for name in "empty", "locked":
+            with open(os.path.join(self.folder, name), encoding="utf-8") as file:
+                self.assertRegex(file.read(), r"\Amsmtpd: no password for msmtpd-user: "
+                                 r"secret-tool: .*, no terminal to ask on; store one with .*\n\Z")
+        process = session("unlocked")
+        self.check_login(self.address())
+        daemon = int(re.search(r"msmtpd\[(\d+)\]", self.logged()).group(1))
+        os.kill(daemon, signal.SIGTERM)
+        process.communicate(timeout=PATIENCE)
+        self.assertEqual(process.returncode, 0)
+
+    def test_gpg(self):
+        self.need("gpg", "gpgconf")
+        home = tempfile.mkdtemp(prefix="gpg-", dir="/tmp")  # a short path: it becomes a socket's
+        self.addCleanup(shutil.rmtree, home, ignore_errors=True)
+        self.home["GNUPGHOME"] = home
+        self.addCleanup(self.peer, "gpgconf", "--kill", "all")
+        self.peer("gpg", "--batch", "--quiet", "--passphrase", "", "--quick-generate-key",
+                  "msmtpd@localhost", "future-default", "default", "never")
+        file = os.path.join(self.folder, "password.gpg")
+        self.peer("gpg", "--batch", "--quiet", "--trust-model=always", "-e",
+                  "-r", "msmtpd@localhost", "-o", file, data=b"secret\nand a second line\n")
+        process = self.start("--auth=msmtpd-user,gpg -q -d " + file, env=self.home)
+        self.check_login((process.host, process.port))
+        self.write("password.gpg", "no such thing")
+        self.check_refusal("--auth=msmtpd-user,gpg -q -d %s 2>/dev/null" % file, env=self.home,
+                           says="password command failed with exit status 2: gpg -q -d ")
+
+    def test_commands_that_print_none(self):
+        for command, says in (("exit 7", "failed with exit status 7: exit 7"),
+                              ("true", "printed no password: true"),
+                              ("echo; echo secret", "printed no password"),
+                              ("printf '\\377\\n'", "printed no UTF-8"),
+                              ("no-such-program 2>/dev/null", "failed with exit status 127")):
+            with self.subTest(command=command):
+                self.check_refusal("--auth=joe," + command, says=says)
+
+    def test_no_key_ring_and_no_terminal(self):
+        self.home["PATH"] = self.folder     # no secret-tool
+        for way in (), ("--inetd",):
+            self.log = os.path.join(self.folder, "log-" + "".join(way))
+            done = self.run_program("--auth=joe", "--port=0", "--log=" + self.log, *way,
+                                    env=self.home, start_new_session=True)
+            self.assertEqual(done.returncode, 3)
+            said = (self.logged() if way else done.stderr.decode())
+            self.assertRegex(said, "no password for joe: .*no program secret-tool, .*%s; store one "
+                             "with \"secret-tool store " % ("no prompt under inetd" if way
+                                                            else "no terminal to ask on"))
+            self.assertEqual(done.stdout[:10], b"421 4.3.0 " if way else b"")
+
+    def at_terminal(self, *arguments):
+        """Start the program on a terminal of its own; return it and the terminal's other side."""
+        self.script("secret-tool", "#!/bin/sh\nexit 1\n")
+        self.home["PATH"] = self.folder + os.pathsep + os.environ.get("PATH", os.defpath)
+        mine, its = pty.openpty()
+        self.addCleanup(os.close, mine)
+        process = self.spawn(
+            sys.executable, PROGRAM, "--port=0", "--command=%s -f %%F --" % self.capture,
+            *arguments, stdin=its, stdout=its, stderr=its, env=self.home,
+            start_new_session=True, preexec_fn=lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0))
+        os.close(its)
+        return process, mine
+
+    def read_terminal(self, terminal, until=None):
+        """What the terminal shows, up to a pattern or, if there is none, the end."""
+        shown = ""
+        while not (until and re.search(until, shown)):
+            if not select.select([terminal], (), (), PATIENCE)[0]:
+                raise AssertionError("waited in vain for %r behind %r" % (until, shown))
+            try:
+                data = os.read(terminal, 1000)
+            except OSError:     # Linux's end of input
+                data = b""
+            if not data:
+                break
+            shown += data.decode()
+        return shown.replace("\r\n", "\n")
+
+    def test_prompt(self):
+        process, terminal = self.at_terminal("--auth=joe", "--log=" + self.log)
+        self.read_terminal(terminal, "Password of joe: ")
+        os.write(terminal, b"secret\n")
+        self.check_login(self.address(), "joe")
+        shown = self.read_terminal(terminal, "Ctrl-C.*\n")
+        self.assertNotIn("secret", shown)
+        self.assertIn("listening on [127.0.0.1]:", shown)
+        os.write(terminal, b"\x03")
+        self.assertEqual(process.wait(PATIENCE), 0)
+        self.assertNotIn("Traceback", self.read_terminal(terminal))
+
+    def test_prompt_without_an_answer(self):
+        for typed in b"\n", b"\x04", b"\x03":      # Return, end of input, Ctrl-C
+            with self.subTest(typed=typed):
+                process, terminal = self.at_terminal("--auth=joe")
+                self.read_terminal(terminal, "Password of joe: ")
+                os.write(terminal, typed)
+                shown = self.read_terminal(terminal)
+                self.assertRegex(shown, r"\A\s*msmtpd: .*\n\Z")
+                self.assertEqual(process.wait(PATIENCE), 3)
+
+
+class Encryption(PeerCase):
+    """TLS, as the program serves it: see RealClients for those who use it."""
+
+    def serve(self, *options):
+        """A daemon with TLS and a login, and its address."""
+        process = self.start("--auth=joe,echo secret", *(options or self.tls_files))
+        return process, (process.host, process.port)
+
+    def connect(self, address, certificate=CERTIFICATE_1):
+        """A client within TLS."""
+        client = smtplib.SMTP(*address, timeout=PATIENCE)
+        self.addCleanup(client.close)
+        client.starttls(context=trusting(certificate))
+        return client
+
+    def test_login_only_inside(self):
+        process, address = self.serve()
+        with Client(address) as client:
+            client.reply()
+            client.send("EHLO client.example\r\n")
+            offered = client.reply()
+            self.assertIn("250 STARTTLS", offered)
+            self.assertNotIn("AUTH", "".join(offered))
+            for line, reply in (("AUTH PLAIN AGpvZQBzZWNyZXQ=", "538 5.7.11"),
+                                ("MAIL FROM:<a@example.org>", "530 5.7.0"),
+                                ("STARTTLS now", "501 5.5.4"), ("NOOP", "250")):
+                self.assertEqual(client.do(line)[:len(reply)], reply)
+        client = self.connect(address)
+        client.ehlo("client.example")
+        self.assertEqual((client.has_extn("starttls"), client.esmtp_features["auth"]),
+                         (False, " PLAIN LOGIN"))
+        self.assertEqual(client.docmd("STARTTLS")[0], 503)
+        self.assertEqual(client.docmd("MAIL FROM:<a@example.org>")[0], 530)
+        client.login("joe", "secret")
+        self.post_by(client, "ESMTPSA")
+
+    def test_session_starts_afresh_and_without_what_came_before(self):
+        process, address = self.serve()
+        with Client(address) as client:
+            client.open()
+            client.send("STARTTLS\r\nMAIL FROM:<a@example.org>\r\nQUIT\r\n")
+            self.assertEqual(client.line()[:4], "220 ")
+            with trusting().wrap_socket(client.socket, server_hostname="localhost") as inside:
+                inside.sendall(b"NOOP\r\nMAIL FROM:<a@example.org>\r\nQUIT\r\n")
+                replies = b"".join(iter(lambda: inside.recv(1000), b"")).splitlines()
+        self.assertEqual([line[:9] for line in replies], [b"250 2.0.0", b"503 5.5.1", b"221 2.0.0"])
+
+    def test_a_client_that_leaves_in_mid_data_delivers_nothing(self):
+        process, address = self.serve(*self.tls_files)
+        for way in "with TLS's farewell", "without":
+            client = self.connect(address)
+            client.login("joe", "secret")
+            client.mail("a@example.org")
+            client.rcpt("b@example.org")
+            client.docmd("DATA")
+            client.send(b"Subject: hi\r\n\r\nhalf a mail\r\n.\r")
+            if way != "without":
+                with contextlib.suppress(OSError):      # the server does not answer in kind
+                    client.sock.unwrap()
+            client.close()
+        wait_for(lambda: self.logged().count("left in mid-transaction") == 2, "the sessions to end")
+        self.assertEqual(self.delivered(), [])
+
+    def test_old_versions_are_refused(self):
+        # A hello of TLS 1.1, as today's clients can hardly be brought to send one.
+        body = b"\x03\x02" + bytes(32) + b"\x00" + b"\x00\x04\xc0\x09\xc0\x13" + b"\x01\x00"
+        hello = b"\x01" + struct.pack(">I", len(body))[1:] + body
+        process, address = self.serve(*self.tls_files, "--tls-starttls=off")
+        with Client(address) as client:
+            client.send(b"\x16\x03\x01" + struct.pack(">H", len(hello)) + hello)
+            self.assertRegex(client.file.read(), rb"(?s)\A\x15\x03.\x00\x02\x02\x46\Z")
+        wait_for(lambda: "TLS handshake failed: " in self.logged(), "a line in the log")
+
+    def test_handshake_takes_a_slot_and_is_under_the_limit(self):
+        for way, before in ("on", ("EHLO client.example", "STARTTLS")), ("off", ()):
+            with self.subTest(starttls=way):
+                with contextlib.suppress(FileNotFoundError):
+                    os.remove(self.log)
+                process, address = self.serve(*self.tls_files, "--tls-starttls=" + way,
+                                              "--timeout=0.2", "--max-sessions=1")
+                with Client(address) as mute, Client(address) as waiting:
+                    if before:
+                        mute.reply()
+                        mute.do(*before)
+                    else:
+                        mute.send(b"\x16")
+                    self.assertFalse(select.select([waiting.socket], (), (), 0)[0])
+                    since = time.monotonic()
+                    self.assertEqual(mute.rest(), "")   # no words where TLS is awaited
+                    self.assertLess(time.monotonic() - since, 5)    # 10 would be the full rule's
+                    wait_for(lambda: "session 2: connect" in self.logged(), "the slot to be free")
+
+    def test_files_that_are_not_in_order(self):
+        self.write("nothing", "no certificate here")
+        self.write("both", CERTIFICATE_1 + KEY_1)
+        self.write("other", KEY_2)
+        self.write("encrypted", ENCRYPTED_KEY)
+        for certificate, key, says in (
+                ("missing", None, "cannot read .*missing.*No such file"),
+                ("certificate", "missing", "cannot read .*missing.*No such file"),
+                (".", None, "cannot read .*directory"),
+                ("nothing", None, "no certificate with its key in .*nothing"),
+                ("certificate", None, "no certificate with its key in .*certificate"),
+                ("certificate", "other", "no certificate with its key in .* and .*other"),
+                ("certificate", "nothing", "no certificate with its key in .* and .*nothing"),
+                ("certificate", "encrypted", "the key in .*encrypted is encrypted; decrypt it"),
+                (None, "key", "--tls-key-file needs --tls-cert-file")):
+            with self.subTest(certificate=certificate, key=key):
+                options = ["--tls-%s-file=%s" % (name, os.path.join(self.folder, value))
+                           for name, value in (("cert", certificate), ("key", key)) if value]
+                done = self.run_program("--port=0", *options)
+                self.assertEqual(done.returncode, 3)
+                self.assertRegex(done.stderr.decode(), r"\Amsmtpd: .*%s.*\n\Z" % says)
+
+    def test_hangup_loads_the_certificate_anew(self):
+        both = self.write("both", CERTIFICATE_1 + KEY_1)
+        process, address = self.serve("--tls-cert-file=" + both)
+        before = self.connect(address)
+        self.write("both", CERTIFICATE_2 + KEY_1)       # a renewal that went wrong
+        process.send_signal(signal.SIGHUP)
+        wait_for(lambda: "kept the certificate: " in self.logged(), "a line in the log")
+        self.connect(address)
+        self.write("both", CERTIFICATE_2 + KEY_2)
+        process.send_signal(signal.SIGHUP)
+
+        def renewed():
+            try:
+                return self.connect(address, CERTIFICATE_2)
+            except ssl.SSLError:
+                return None
+        client = wait_for(renewed, "the new certificate")
+        for each in before, client:
+            each.login("joe", "secret")
+            self.post_by(each, "ESMTPSA")
+
+    def test_under_inetd(self):
+        for way in "on", "off":
+            with self.subTest(starttls=way):
+                mine, its = socket.socketpair()
+                process = self.spawn(
+                    sys.executable, PROGRAM, "--inetd", "--command=%s -f %%F --" % self.capture,
+                    "--tls-starttls=" + way, *self.tls_files, stdin=its, stdout=its)
+                its.close()
+                mine.settimeout(PATIENCE)
+                client = smtplib.SMTP()
+                client.sock = mine
+                if way == "off":
+                    client.sock = trusting().wrap_socket(mine, server_hostname="localhost")
+                self.assertEqual(client.getreply()[0], 220)
+                if way == "on":
+                    client._host = "localhost"      # which smtplib compares with the certificate
+                    client.starttls(context=trusting())
+                self.post_by(client, "ESMTPS", source="")
+                self.assertEqual(process.wait(PATIENCE), 0)
+
+
+class Queue(PeerCase):
+    """Postfix behind the program: it keeps what cannot be sent now."""
+
+    def postfix(self, upstream):
+        """Start Postfix in a folder of its own, without a listener; return sendmail's command."""
+        root = os.environ.get("POSTFIX_ROOT", "/")
+        self.need("postqueue", "postdrop", "sendmail", where=os.path.join(root, "usr/sbin"))
+        programs = os.path.join(root, "usr/sbin")
+        daemons = [path for path in (os.path.join(root, "usr/lib/postfix/sbin"),
+                                     os.path.join(root, "usr/libexec/postfix"))
+                   if os.path.exists(os.path.join(path, "master"))]
+        if not daemons:
+            self.skipTest("no postfix")
+        if os.getuid():
+            self.skipTest("no postfix without root")
+        owner = next(pwd.getpwnam(name) for name in ("postfix", "uucp", "daemon")
+                     if name in {user.pw_name for user in pwd.getpwall()})
+        group = next(entry for entry in grp.getgrall() if entry.gr_name in ("postdrop", "staff"))
+        os.chmod(self.folder, 0o755)
+        for name in ("conf data q q/incoming q/active q/deferred q/bounce q/defer q/corrupt "
+                     "q/flush q/hold q/maildrop q/pid q/private q/public q/saved q/trace").split():
+            os.mkdir(os.path.join(self.folder, name), 0o755 if name in ("conf", "q") else 0o700)
+            if name not in ("conf", "q", "q/pid"):
+                os.chown(os.path.join(self.folder, name), owner.pw_uid, -1)
+        for name, mode in ("maildrop", 0o730), ("public", 0o710):
+            os.chown(os.path.join(self.folder, "q", name), -1, group.gr_gid)
+            os.chmod(os.path.join(self.folder, "q", name), mode)
+        self.write("conf/main.cf", MAIN_CF.format(
+            folder=self.folder, programs=programs, daemons=daemons[0], owner=owner.pw_name,
+            group=group.gr_name, libraries=os.path.dirname(daemons[0]), upstream=upstream))
+        self.write("conf/master.cf", MASTER_CF)
+        for name in "conf/main.cf", "conf/master.cf":
+            os.chmod(os.path.join(self.folder, name), 0o644)
+            os.utime(os.path.join(self.folder, name), (0, 0))   # Postfix waits where it is new
+        self.home["MAIL_CONFIG"] = os.path.join(self.folder, "conf")
+        self.home["LD_LIBRARY_PATH"] = os.environ.get("LD_LIBRARY_PATH", "")
+        master = self.spawn(os.path.join(daemons[0], "master"), "-d", "-c",
+                            self.home["MAIL_CONFIG"], stderr=subprocess.DEVNULL,
+                            start_new_session=True)
+        self.addCleanup(self.end_group, master)
+        wait_for(lambda: os.path.exists(os.path.join(self.folder, "q/public/pickup")), "Postfix")
+        return programs
+
+    @staticmethod
+    def end_group(process):
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+
+    def test_postfix_keeps_mail_while_the_upstream_is_down(self):
+        port, mails = free_port(), []
+        programs = self.postfix(port)
+        process = self.start("--command=%s/sendmail -i -f %%F --" % programs, env=self.home)
+        client = smtplib.SMTP(process.host, process.port, timeout=PATIENCE)
+        self.addCleanup(client.close)
+        for _ in range(3):
+            client.sendmail("a@example.org", ["b@example.org", "c@example.org"],
+                            LETTER.replace(b"\n", b"\r\n"))
+
+        def queue():
+            return self.peer(os.path.join(programs, "postqueue"), "-p")
+        wait_for(lambda: queue().count("Connection refused") == 3, "three mails to be deferred")
+        with msmtpd.Server(mails.append, port=port):
+            self.peer(os.path.join(programs, "postqueue"), "-f")
+            wait_for(lambda: len(mails) == 3, "the mails")
+            wait_for(lambda: "queue is empty" in queue(), "an empty queue")
+        for mail in mails:
+            self.assertEqual((mail.sender, sorted(mail.recipients)),
+                             ("a@example.org", ["b@example.org", "c@example.org"]))
+            self.assertTrue(mail.data.endswith(LETTER))
+
+
+MAIN_CF = """\
+compatibility_level = 3.6
+queue_directory = {folder}/q
+data_directory = {folder}/data
+command_directory = {programs}
+daemon_directory = {daemons}
+shlib_directory = {libraries}
+mail_owner = {owner}
+setgid_group = {group}
+default_privs = nobody
+myhostname = localhost
+mydestination =
+relayhost = [127.0.0.1]:{upstream}
+inet_interfaces = loopback-only
+inet_protocols = ipv4
+import_environment = MAIL_CONFIG LD_LIBRARY_PATH
+export_environment = MAIL_CONFIG LD_LIBRARY_PATH
+alias_maps =
+alias_database =
+maillog_file = {folder}/postfix.log
+maillog_file_prefixes = /
+smtp_dns_support_level = disabled
+smtp_host_lookup = native
+smtp_tls_security_level = none
+in_flow_delay = 0
+minimal_backoff_time = 1s
+maximal_backoff_time = 1s
+queue_run_delay = 1s
+"""
+MASTER_CF = """\
+pickup unix n - n 1 1 pickup
+cleanup unix n - n - 0 cleanup
+qmgr unix n - n 1 1 qmgr
+rewrite unix - - n - - trivial-rewrite
+bounce unix - - n - 0 bounce
+defer unix - - n - 0 bounce
+trace unix - - n - 0 bounce
+smtp unix - - n - - smtp
+error unix - - n - - error
+retry unix - - n - - error
+showq unix n - n - - showq
+flush unix n - n 1000? 0 flush
+postlog unix-dgram n - n - 1 postlogd
+"""
+
+
+class MainJob(PeerCase):
+    """Mail in by SMTP with a login, out through msmtp, to a server upstream."""
+
+    def test_each_mail_arrives_once_and_unchanged(self):
+        self.need("msmtp")
+        mails = []
+        upstream = msmtpd.Server(mails.append,
+                                 authenticate=lambda *login: login == ("me", "upstream"))
+        upstream.start()
+        self.addCleanup(upstream.stop)
+        rc = self.write("msmtprc", "account default\nhost 127.0.0.1\nport %d\ntls off\nauth plain\n"
+                        "user me\npassword upstream\n" % upstream.port)
+        daemon = self.start("--auth=joe,echo secret", "--command=msmtp --file=%s -f %%F --" % rc,
+                            env=self.home)
+        big = LETTER.replace(b"Content-Transfer-Encoding: 8bit\n\n", (
+            b"Content-Transfer-Encoding: base64\nContent-Disposition: attachment\n\n"
+            + base64.encodebytes(bytes(range(256)) * 87000)))
+        self.assertGreater(len(big), 30000000)
+        many = ["r%d@example.org" % number for number in range(200)]
+        two = ["b@example.org", "c@example.org"]
+
+        def by_smtplib(recipients, letter):
+            with smtplib.SMTP(daemon.host, daemon.port, timeout=PATIENCE) as client:
+                client.login("joe", "secret")
+                client.sendmail("a@example.org", recipients, letter.replace(b"\n", b"\r\n"))
+
+        def by_program(words, recipients, letter):
+            self.peer(*shlex.split(words.format(
+                port=daemon.port, letter=self.write("letter", letter[:-1]),    # it adds an end
+                recipients=" ".join(recipients), list=",".join(recipients),
+                options=" ".join("--mail-rcpt " + recipient for recipient in recipients))),
+                data=letter)
+
+        clients = {
+            "msmtp": "msmtp --host=127.0.0.1 --port={port} --auth=plain --user=joe "
+                     "--passwordeval='echo secret' --from=a@example.org -- {recipients}",
+            "swaks": "swaks --server 127.0.0.1 --port {port} --auth PLAIN --auth-user joe "
+                     "--auth-password secret --from a@example.org --data @{letter} "
+                     "--suppress-data --pipeline --to {list}",
+            "curl": "curl --silent --show-error --user joe:secret --crlf --upload-file - "
+                    "smtp://127.0.0.1:{port}/client.example --mail-from a@example.org {options}",
+            "smtplib": None,
+        }
+        for (name, words), (recipients, letter) in itertools.product(
+                clients.items(), ((two, LETTER), (many, LETTER), (two, big))):
+            if words and not shutil.which(name, path=self.home["PATH"]):
+                continue
+            if letter is big and name != "curl":        # one is enough
+                continue
+            send = functools.partial(by_program, words) if words else by_smtplib
+            with self.subTest(client=name, recipients=len(recipients), size=len(letter)):
+                send(recipients, letter)
+                arrived = mails.pop()
+                self.assertEqual(mails, [])
+                self.assertEqual((arrived.sender, arrived.recipients),
+                                 ("a@example.org", recipients))
+                self.assertRegex(arrived.data[:200], rb"\AReceived: from \S+ \(\[127\.0\.0\.1\]\)\n"
+                                 rb"\tby localhost \(msmtpd\) with ESMTPA;\n\t.*\n")
+                if without_trace(arrived.data) != letter:       # said short, as one is of 30 MB
+                    self.fail("another mail arrived: %d bytes" % arrived.size)
+
+
+class People(ProgramCase):
+    """What people meet first: the help, and the words about a mistake."""
+
+    def test_help_fits_a_screen_and_names_the_defaults(self):
+        text = self.run_program("--help").stdout.decode()
+        self.assertLessEqual(len(text.splitlines()), 50)
+        self.assertLess(max(map(len, text.splitlines())), 80)
+        for option, default in (
+                ("interface=IP", "127.0.0.1"), ("port=NUMBER", "25"),
+                ("log=none|syslog|FILE", "none"), ("command=CMD", "msmtp -f %F --"),
+                ("received=on|off", "on"), ("max-size=BYTES", "64M"),
+                ("max-sessions=NUMBER", "16"), ("timeout=SECONDS", "300"),
+                ("delivery-timeout=SECONDS", "540"), ("tls-starttls=on|off", "on")):
+            with self.subTest(option=option):
+                self.assertRegex(" ".join(text.split()), r"--%s [^()]*\(%s\)" % (
+                    re.escape(option).replace("=", "[= ]"), re.escape(default)))
+
+    def test_a_mistyped_option_names_the_nearest(self):
+        for typed, meant in (("--comand=x", "command"), ("--recieved=off", "received"),
+                             ("--intreface=::1", "interface"), ("--ports=25", "port"),
+                             ("--tls-cert=x --inted", "inetd"),
+                             ("--certificate=x", "tls-cert-file"),
+                             ("--max-size=1M --time-out=5", "timeout")):
+            with self.subTest(typed=typed):
+                done = self.run_program(*typed.split())
+                self.assertEqual(done.returncode, 3)
+                self.assertRegex(done.stderr.decode(), r"\Amsmtpd: .*%s.* --%s\b.*\n\Z"
+                                 % (re.escape(typed.split()[-1]), meant))
 
 
 if __name__ == "__main__":

@@ -135,11 +135,16 @@ class Reply:
 
 
 class Refused(Exception):
-    """Raised by a verb's method to answer with `reply` and go on with the session."""
+    """Raised by a verb's method to answer with `reply` and go on with the session.
 
-    def __init__(self, reply: Reply) -> None:
+    is_error: whether MAX_ERRORS counts it, by default where the enhanced code is 5.5.X, which
+    RFC 3463 3.6 has for what goes wrong with the protocol.
+    """
+
+    def __init__(self, reply: Reply, is_error: Optional[bool] = None) -> None:
         super().__init__(reply)
         self.reply = reply
+        self.is_error = reply.enhanced.startswith("5.5.") if is_error is None else is_error
 
 
 class Disconnect(Exception):
@@ -913,8 +918,7 @@ class Session:
             reply: Optional[Reply] = getattr(self, method)(argument)
             return reply
         except Refused as refusal:
-            # RFC 3463 3.6: X.5.X is what went wrong with the protocol.
-            self._errors += refusal.reply.enhanced.startswith("5.5.")
+            self._errors += refusal.is_error
             if self._errors >= MAX_ERRORS:
                 raise Disconnect(Reply(421, "4.7.0", "Too many errors"), "errors") from None
             return refusal.reply
@@ -1151,7 +1155,7 @@ class Session:
         try:
             self._settings.check(address, mail)
         except _Failure as failure:
-            raise Refused(failure.reply(553, detail, "Address refused")) from None
+            raise Refused(failure.reply(553, detail, "Address refused"), False) from None
         except BaseException:
             self._error("check raised", exc_info=True)
             raise Refused(Reply(451, "4.3.0", "Internal error")) from None
@@ -1816,16 +1820,18 @@ class Server:
             for listener in listeners:
                 opened.enter_context(listener)
                 listener.setblocking(False)
-            self.addresses = [peer_of(listener.getsockname()) for listener in listeners]
-            if self.addresses[0].host:
-                self.host, self.port = self.addresses[0]
+            addresses = [peer_of(listener.getsockname()) for listener in listeners]
             slots = Slots(*socket.socketpair())
+            opened.callback(slots.close)
             authenticator = self._authenticate and Authenticator(self._authenticate)
             crew = _Crew(listeners, slots, self._max_sessions, self._log,
                          lambda client, name: self._serve(client, name, slots, authenticator))
             crew.hire()
             self._slots, self._crew = slots, crew
             opened.pop_all()
+        self.addresses = addresses
+        if addresses[0].host:
+            self.host, self.port = addresses[0]
 
     def drain(self, grace: float, patience: float) -> None:
         """Begin to stop, and return at once, as a signal handler has to; stop() waits for the end.
@@ -1906,70 +1912,79 @@ class _Crew:
     to another thread, and one that finds nobody at the door waits in the listen queue.
     """
 
-    def __init__(self, listeners: Sequence[socket.socket], slots: Slots, most: int, log: Log,
+    def __init__(self, listeners: Sequence[socket.socket], slots: Slots, number: int, log: Log,
                  serve: Callable[[socket.socket, object], None]) -> None:
         import threading
-        self._listeners, self._slots, self._most = listeners, slots, most
+        self._listeners, self._slots = listeners, slots
         self._log, self._serve = log, serve
-        self._door = threading.Lock()           # held by the one that accepts
-        self._state = threading.Condition()     # guards what follows
-        self._members: Set[int] = set()         # the threads that live
-        self._waiting = 0                       # those of them that are at the door
-        self._troubles: Set[str] = set()        # what fails now, and has been logged
-        self.left_behind = 0                    # the members that did not leave
+        self._threads = [threading.Thread(target=self._work, name="msmtpd-%d" % (n + 1),
+                                          daemon=True) for n in range(number)]
+        self._door = threading.Lock()       # held by the one that accepts
+        self._count = threading.Lock()      # guards the next
+        self._waiting = 0                   # how many are at the door
+        self._failing = False               # accept, and that has been logged
+        self.left_behind = 0                # how many did not leave
 
     def hire(self) -> None:
-        """Start one more thread. Raises RuntimeError where there is none to be had."""
-        # Not threading's: where memory is short, that waits for ever for a thread that has died.
-        import _thread
-        _thread.start_new_thread(self._work, ())
+        """Start the threads, as many as are to be had. Raises RuntimeError for none.
+
+        All of them now: a start where memory has become short may wait for ever.
+        """
+        for number, thread in enumerate(self._threads):
+            try:
+                thread.start()
+            except (RuntimeError, MemoryError) as error:
+                if number == 0:
+                    raise
+                self._log.error("no more than %d sessions at a time: %s", number, error)
+                del self._threads[number:]
+                return
 
     def leave(self) -> bool:
         """Close the door and wait for the threads, as long as Slots.drain said.
 
-        Returns whether all have left.
+        Returns whether anybody may do so: False in one of these threads.
         """
-        import _thread
+        import threading
         with self._door:        # who stood there has left
             for listener in self._listeners:
                 listener.close()
-        with self._state:
-            if _thread.get_ident() in self._members:
-                return False    # a deliver, which waits for nobody
-            while self._members and time.monotonic() < self._slots.leave_at:
+        if threading.current_thread() in self._threads:
+            return False        # a deliver, which waits for nobody
+        for thread in self._threads:
+            while thread.is_alive() and time.monotonic() < self._slots.leave_at:
                 # In turns, since a signal that the kernel gave to another thread wakes nobody.
-                self._state.wait(max(0.0, min(0.5, self._slots.leave_at - time.monotonic())))
-            if self._members:
-                self._log.error("left behind: %d sessions whose deliver does not return",
-                                len(self._members))
-            self.left_behind = len(self._members)
+                thread.join(max(0.0, min(0.5, self._slots.leave_at - time.monotonic())))
+        self.left_behind = sum(thread.is_alive() for thread in self._threads)
+        if self.left_behind:
+            self._log.error("left behind: %d sessions whose deliver does not return",
+                            self.left_behind)
         return True
 
     def _work(self) -> None:
         """What each thread does."""
-        import _thread
-        with self._state:
-            if len(self._members) >= self._most:
-                return
-            self._members.add(_thread.get_ident())
+        while self._slots.drain_until is None:
+            try:
+                self._serve_next()
+            except BaseException:
+                self._log.error("a session ended by an error", exc_info=True)
+
+    def _serve_next(self) -> None:
+        """Wait for one's turn and for a client, and serve it."""
+        self._count_waiting(1)
         try:
-            while True:
-                with self._state:
-                    self._waiting += 1
-                    self._slots.full = False
-                with self._door:
-                    accepted = self._accept()
-                if not accepted:
-                    return
-                with accepted[0]:
-                    try:
-                        self._serve(*accepted)
-                    except BaseException:
-                        self._log.error("session ended by an error", exc_info=True)
+            with self._door:
+                accepted = self._accept()
         finally:
-            with self._state:
-                self._members.discard(_thread.get_ident())
-                self._state.notify_all()
+            self._count_waiting(-1)
+        if accepted:
+            with accepted[0]:
+                self._serve(*accepted)
+
+    def _count_waiting(self, change: int) -> None:
+        with self._count:
+            self._waiting += change
+            self._slots.full = not self._waiting
 
     def _accept(self) -> Optional[Tuple[socket.socket, object]]:
         """Return the next client and its address, None when the server stops."""
@@ -1978,13 +1993,14 @@ class _Crew:
             try:
                 accepted = self._accept_ready()
             except Exception as error:      # descriptors or memory are short, which passes
-                self._trouble("cannot accept", error)
+                if not self._failing:
+                    self._log.error("cannot accept, will try again: %s", error or repr(error))
+                self._failing = True
                 time.sleep(pause)
                 pause = min(2 * pause, 1.0)
                 continue
             if accepted:
-                self._troubles.discard("cannot accept")
-                self._step_aside()
+                self._failing = False
                 return accepted
         return None
 
@@ -1996,24 +2012,6 @@ class _Crew:
                 with contextlib.suppress(BlockingIOError, ConnectionAbortedError):
                     return listeners[descriptor].accept()
         return None
-
-    def _step_aside(self) -> None:
-        """Leave the door to another thread, a new one if there may be one more."""
-        with self._state:
-            self._waiting -= 1
-            if not self._waiting and len(self._members) < self._most:
-                try:
-                    self.hire()
-                    self._troubles.discard("cannot start a thread")
-                except (RuntimeError, MemoryError) as error:
-                    self._trouble("cannot start a thread", error)
-            self._slots.full = not self._waiting
-
-    def _trouble(self, what: str, error: Exception) -> None:
-        """Log what went wrong, once until it goes well again."""
-        if what not in self._troubles:
-            self._troubles.add(what)
-            self._log.error("%s, will try again: %s", what, error or type(error).__name__)
 
 
 class _SignalWaker:

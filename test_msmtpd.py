@@ -5,15 +5,24 @@ They need nothing but Python and a POSIX system, listen on free ports of 127.0.0
 by name where a program that they talk to is missing.
 """
 
+import _thread
+import asyncio
 import base64
+import concurrent.futures
 import contextlib
+import doctest
 import email
+import email.message
 import email.policy
 import fcntl
 import functools
+import gc
 import grp
 import hashlib
+import importlib
+import io
 import itertools
+import logging
 import os
 import pty
 import pwd
@@ -34,7 +43,9 @@ import termios
 import textwrap
 import threading
 import time
+import types
 import unittest
+import warnings
 from unittest import mock
 
 import msmtpd
@@ -1120,11 +1131,11 @@ class Delivery(ProgramCase):
         self.assertEqual((failure.code, outcome), (451, "exit=lost"))
 
     def test_no_descriptor_is_left_open(self):
-        before = descriptors()
+        before = open_descriptors()
         for text in ("true", "false", "nosuchprogram", "cat >/dev/null; true"):
             for size in (1, 100000, 2000000):
                 self.run_command(text, msmtpd.Mail("a@b", ["c@d"], b"x" * size))
-        self.assertEqual(descriptors(), before)
+        self.assertEqual(open_descriptors(), before)
 
 
 def is_running(pid):
@@ -1137,19 +1148,6 @@ def is_running(pid):
         return False
     except FileNotFoundError:
         return os.path.exists("/proc/self") is False
-
-
-def descriptors():
-    """The open descriptors of this process."""
-    return {fd for fd in range(256) if not _closed(fd)}
-
-
-def _closed(descriptor):
-    try:
-        os.fstat(descriptor)
-        return False
-    except OSError:
-        return True
 
 
 # Authentication
@@ -1325,14 +1323,12 @@ class Slots(ServerCase):
             self.assertEqual(client.do("NOOP")[:3], "250")
 
     def test_threads_are_kept_and_reused(self):
-        server = self.serve()
-        names = set()
-        for _ in range(50):
+        threads = set()
+        server = self.serve(lambda mail: threads.add(threading.current_thread()), max_sessions=2)
+        for _ in range(30):
             with Client(server) as client:
-                client.open()
-                client.do("QUIT")
-                names.update(t.name for t in threading.enumerate() if "msmtpd" in t.name)
-        self.assertLess(len(names), 5)
+                client.open("MAIL FROM:<a@b>", "RCPT TO:<c@d>", "DATA", "x\r\n.", "QUIT")
+        self.assertIn(len(threads), (1, 2))
 
     def test_accept_may_fail(self):
         server = self.serve()
@@ -1363,16 +1359,22 @@ class Slots(ServerCase):
         self.assertEqual(len(logs.output), 1)
 
     def test_threads_may_be_not_to_be_had(self):
-        server = self.serve()
-        with mock.patch("_thread.start_new_thread", side_effect=RuntimeError("no")), \
+        start, left = threading.Thread.start, [1, 1]
+
+        def start_two(thread):
+            if not left:
+                raise RuntimeError("can't start new thread")
+            left.pop()
+            start(thread)
+        with mock.patch.object(threading.Thread, "start", start_two), \
                 self.assertLogs("msmtpd", "ERROR") as logs:
-            for _ in range(3):
-                with Client(server) as client:
-                    self.assertEqual(client.open()[:3], "250")
-                    client.do("QUIT")
-        self.assertEqual(len(logs.output), 1)
+            server = self.serve()
+        self.assertIn("no more than 2 sessions", logs.output[0])
         with Client(server) as first, Client(server) as second:
             self.assertEqual((first.open()[:3], second.open()[:3]), ("250", "250"))
+        with mock.patch.object(threading.Thread, "start", start_two), \
+                self.assertRaises(RuntimeError):
+            self.serve()
 
     def test_dual_stack(self):
         try:
@@ -1393,6 +1395,1321 @@ class Slots(ServerCase):
         for host in ("127.0.0.1", "::1"):
             with Client((host, server.port)) as client:
                 self.assertEqual(client.open()[:3], "250")
+
+
+# The library
+
+# The library
+
+def open_descriptors():
+    """How many descriptors this process has open."""
+    return sum(1 for descriptor in range(256) if is_open(descriptor))
+
+
+def is_open(descriptor):
+    try:
+        return bool(os.fstat(descriptor))
+    except OSError:
+        return False
+
+
+class LibraryCase(ServerCase):
+    """Tests of msmtpd.Server, each of which leaves no thread of a server's."""
+
+    def setUp(self):
+        self.threads = _thread._count()
+        self.addCleanup(lambda: wait_for(lambda: self.more_threads() <= 0, "all threads to end"))
+
+    def more_threads(self):
+        """How many threads there are beyond those that were there before."""
+        return _thread._count() - self.threads
+
+    def sender(self, server, mail="x"):
+        """A client that has sent a mail, and not yet read the reply."""
+        client = self.client(server)
+        client.open("MAIL FROM:<a@example.org>", "RCPT TO:<b@example.org>", "DATA")
+        client.send(mail + "\r\n.\r\n")
+        return client
+
+    def reply_to(self, deliver, **options):
+        """The reply to a mail, and to a NOOP behind it."""
+        server = self.serve(deliver, **options)
+        client = self.sender(server)
+        replies = client.line(), client.do("NOOP")
+        server.stop()
+        return replies
+
+
+class StartingAServer(LibraryCase):
+
+    def test_host_and_port_are_known_when_start_returns(self):
+        second = "127.0.0.2" if sys.platform == "linux" else "127.0.0.1"
+        for host in ("127.0.0.1", second, tuple({"127.0.0.1", second})):
+            with self.subTest(host=host):
+                server = msmtpd.Server(print, host)
+                server.start()
+                self.addCleanup(server.stop)
+                hosts = [host] if isinstance(host, str) else list(host)
+                self.assertEqual([peer.host for peer in server.addresses], hosts)
+                self.assertEqual((server.host, server.port), server.addresses[0])
+                for address in server.addresses:
+                    self.assertTrue(0 < address.port < 65536)
+                    with Client(tuple(address)) as client:
+                        self.assertEqual(client.do("NOOP"), "220 localhost ESMTP msmtpd")
+                server.stop()
+
+    def test_what_cannot_be_bound_is_an_error_at_once(self):
+        with socket.create_server(("127.0.0.1", 0)) as taken:
+            port, descriptors = taken.getsockname()[1], open_descriptors()
+            for host, port in (("127.0.0.1", port), (("127.0.0.2", "127.0.0.1"), port),
+                               ("192.0.2.1", 0), ("mail.example", 0), ("", 0)):
+                with self.subTest(host=host):
+                    server = msmtpd.Server(print, host, port)
+                    with self.assertRaises(OSError):
+                        server.start()
+                    with self.assertRaises(OSError), server:
+                        self.fail("the block was entered")
+                    server.stop()
+                    self.assertEqual((self.more_threads(), open_descriptors()), (0, descriptors))
+
+    def test_what_fails_behind_the_listening_leaves_nothing(self):
+        descriptors = open_descriptors()
+        def fail(*arguments, **options):
+            raise RuntimeError("there is none")
+
+        for names in (["socket.socketpair"],
+                      ["_thread.start_new_thread", "threading.Thread.start"]):
+            with self.subTest(names=names), contextlib.ExitStack() as patched:
+                for name in names:
+                    patched.enter_context(mock.patch(name, fail))
+                kept = None     # as a log may keep it, with all that its traceback holds
+                try:
+                    msmtpd.Server(print).start()
+                except RuntimeError as error:
+                    kept = error
+                self.assertIsNotNone(kept)
+                self.assertEqual(open_descriptors(), descriptors)
+
+    def test_started_once_at_a_time_and_stopped_as_often_as_one_likes(self):
+        server = msmtpd.Server(print)
+        server.stop()
+        for _ in range(2):
+            server.start()
+            with self.assertRaises(RuntimeError):
+                server.start()
+            with Client(server) as client:
+                self.assertEqual(client.open(), "250-localhost")
+            server.stop()
+            server.stop()
+            with self.assertRaises(OSError):
+                socket.create_connection((server.host, server.port), PATIENCE)
+
+    def test_a_hundred_starts_and_stops_leave_nothing(self):
+        mails, port = [], 0
+        for number in range(101):
+            with msmtpd.Server(mails.append, port=port) as server:
+                port = server.port
+                with smtplib.SMTP(server.host, port, "client", PATIENCE) as client:
+                    client.sendmail("a@example.org", ["b@example.org"], "x")
+            if not number:
+                descriptors = open_descriptors()
+        self.assertEqual((len(mails), open_descriptors()), (101, descriptors))
+
+    def test_servers_in_parallel_know_nothing_of_each_other(self):
+        inboxes = [[] for _ in range(8)]
+        servers = [self.serve(inbox.append) for inbox in inboxes]
+        clients = [self.sender(server, "mail %d" % n) for n, server in enumerate(servers)]
+        self.assertEqual([client.line()[:3] for client in clients], ["250"] * 8)
+        self.assertEqual([[mail.data for mail in inbox] for inbox in inboxes],
+                         [[b"mail %d\n" % number] for number in range(8)])
+        servers[0].stop()
+        self.assertEqual(clients[0].line(), "421 4.3.2 Shutting down")
+        self.assertEqual(clients[1].do("NOOP"), "250 2.0.0 Here")
+
+
+class StoppingAServer(LibraryCase):
+
+    def setUp(self):
+        super().setUp()
+        self.release = threading.Event()
+        self.entered = threading.Semaphore(0)
+        self.addCleanup(self.release.set)
+
+    def stuck(self, mail):
+        """A deliver that does not return before self.release."""
+        self.entered.release()
+        self.release.wait(PATIENCE)
+
+    def test_within_two_seconds_whatever_clients_do(self):
+        server = self.serve(self.stuck)
+        new, idle, data, mute = (self.client(server) for _ in range(4))
+        idle.open("MAIL FROM:<a@example.org>")
+        for client in (data, mute):
+            client.open("MAIL FROM:<a@example.org>", "RCPT TO:<b@example.org>", "DATA")
+        mute.send("x" * 100)
+        stuck = self.sender(server)
+        self.assertTrue(self.entered.acquire(timeout=PATIENCE))
+        began, ended = time.monotonic(), {}
+        with self.assertLogs("msmtpd", "ERROR") as log:
+            stopping = threading.Thread(target=server.stop)
+            stopping.start()
+            for name, client in (("new", new), ("idle", idle)):
+                self.assertEqual(client.rest().splitlines()[-1:], ["421 4.3.2 Shutting down"])
+                ended[name] = time.monotonic() - began
+            data.send("hi\r\n.\r\n")        # still in time, and as stuck as the other
+            self.assertTrue(self.entered.acquire(timeout=PATIENCE))
+            self.assertEqual(mute.line(), "421 4.3.2 Shutting down")
+            ended["mute"] = time.monotonic() - began
+            stopping.join(PATIENCE)
+        self.assertLess(time.monotonic() - began, 2)
+        self.assertLess(max(ended["new"], ended["idle"]), 0.9)
+        self.assertGreater(ended["mute"], 0.9)
+        self.assertEqual(len(log.output), 1, log.output)
+        self.assertIn("left behind: 2 sessions", log.output[0])
+        self.assertEqual(self.more_threads(), 2)
+        self.release.set()
+        for client in (stuck, data):
+            self.assertEqual(client.line(), "250 2.0.0 Delivered")
+
+    def test_grace_and_patience_are_seconds(self):
+        server = self.serve(self.stuck)
+        self.client(server).open()
+        self.sender(server)
+        self.assertTrue(self.entered.acquire(timeout=PATIENCE))
+        server.drain(30, 30)                # which stop then cuts short
+        began = time.monotonic()
+        with self.assertLogs("msmtpd", "ERROR"):
+            server.stop(0, 0.1)
+        self.assertLess(time.monotonic() - began, 1)
+
+    def test_a_mail_that_ends_in_time_is_delivered(self):
+        server = self.serve()
+        client = self.client(server)
+        client.open("MAIL FROM:<a@example.org>", "RCPT TO:<b@example.org>", "DATA")
+        server.drain(PATIENCE, PATIENCE)
+        client.send("hi\r\n.\r\n")
+        self.assertEqual(client.rest().splitlines(),
+                         ["250 2.0.0 Delivered", "421 4.3.2 Shutting down"])
+        server.stop()
+        self.assertEqual([mail.data for mail in self.mails], [b"hi\n"])
+
+    def test_inside_deliver_it_waits_for_nobody_and_outside_for_deliver(self):
+        mails, both, stopped = [], threading.Barrier(2), threading.Event()
+
+        def deliver(mail):
+            both.wait(PATIENCE)
+            began = time.monotonic()
+            server.stop(PATIENCE, PATIENCE)
+            self.assertLess(time.monotonic() - began, 1)
+            with self.assertRaises(OSError):
+                socket.create_connection((server.host, server.port), PATIENCE)
+            stopped.set()
+            time.sleep(0.2)                 # the work that is left to do
+            mails.append(mail)
+
+        for way in ("stop", "serve_forever"):
+            with self.subTest(way=way):
+                server = self.serve(deliver)
+                clients = [self.sender(server), self.sender(server)]
+                self.assertTrue(stopped.wait(PATIENCE))
+                waiting = threading.Thread(target=getattr(server, way), daemon=True)
+                waiting.start()
+                waiting.join(PATIENCE)
+                self.assertFalse(waiting.is_alive())
+                self.assertEqual(len(mails), 2)
+                for client in clients:
+                    self.assertEqual(client.line(), "250 2.0.0 Delivered")
+                del mails[:]
+                stopped.clear()
+
+    def test_inside_deliver_it_may_be_followed_by_a_start(self):
+        restarted = threading.Event()
+
+        def deliver(mail):
+            server.stop()
+            server.start()
+            restarted.set()
+
+        server = self.serve(deliver)
+        client = self.sender(server)
+        self.assertTrue(restarted.wait(PATIENCE))
+        self.assertEqual(client.line(), "250 2.0.0 Delivered")
+        for client in [self.client(server) for _ in range(3)]:
+            self.assertEqual(client.line(), "220 localhost ESMTP msmtpd")
+
+    def test_one_that_was_left_behind_does_not_disturb_the_next_start(self):
+        server = self.serve(self.stuck)
+        self.sender(server)
+        self.assertTrue(self.entered.acquire(timeout=PATIENCE))
+        with self.assertLogs("msmtpd", "ERROR"):
+            server.stop(0, 0)
+        server.start()
+        self.release.set()
+        for client in [self.client(server) for _ in range(4)]:
+            self.assertEqual(client.line(), "220 localhost ESMTP msmtpd")
+        server.stop()
+        wait_for(lambda: not self.more_threads(), "the old thread to end")
+
+    def test_serve_forever_starts_where_needed_and_returns_when_stopped(self):
+        for started in (False, True):
+            with self.subTest(started=started):
+                server = msmtpd.Server(print)
+                if started:
+                    server.start()
+                stopping = []
+                serving = threading.Thread(target=server.serve_forever, daemon=True,
+                                           args=(lambda: stopping.append(1),))
+                serving.start()
+                wait_for(lambda: server.port, "the server to listen")
+                client = self.client(server)
+                self.assertEqual(client.line(), "220 localhost ESMTP msmtpd")
+                self.assertTrue(serving.is_alive())
+                self.assertEqual(stopping, [])
+                server.stop()
+                serving.join(PATIENCE)
+                self.assertEqual((serving.is_alive(), stopping), (False, [1]))
+
+    def test_a_signal_handler_may_begin_it(self):
+        server = self.serve()
+        client = self.client(server)
+        client.line()
+        before = signal.signal(signal.SIGALRM, lambda number, frame: server.drain(0, 0.1))
+        self.addCleanup(signal.signal, signal.SIGALRM, before)
+        signal.setitimer(signal.ITIMER_REAL, PATIENCE)      # should the other not do
+        self.addCleanup(signal.setitimer, signal.ITIMER_REAL, 0)
+        began, main = time.monotonic(), threading.get_ident()
+
+        def interrupt():
+            wait_for(lambda: sys._current_frames()[main].f_code.co_name == "_poll", "the wait")
+            # The kernel may give a signal to any thread, where it interrupts nothing.
+            others = set(sys._current_frames()) - {main, threading.get_ident()}
+            signal.pthread_kill(others.pop(), signal.SIGALRM)
+        threading.Thread(target=interrupt).start()
+        server.serve_forever()
+        self.assertLess(time.monotonic() - began, PATIENCE - 1)
+        self.assertEqual(client.line(), "421 4.3.2 Shutting down")
+        self.assertEqual(signal.set_wakeup_fd(-1), -1)
+
+    def test_from_several_threads_at_once(self):
+        server = self.serve(self.stuck)
+        client = self.client(server)
+        client.line()
+        with concurrent.futures.ThreadPoolExecutor(4) as pool:
+            for future in [pool.submit(server.stop) for _ in range(4)]:
+                self.assertIsNone(future.result(PATIENCE))
+        self.assertEqual(client.line(), "421 4.3.2 Shutting down")
+        server.start()
+        self.assertEqual(self.client(server).line(), "220 localhost ESMTP msmtpd")
+
+
+PYTEST = """
+import smtplib
+import pytest
+import msmtpd
+
+@pytest.fixture
+def inbox():
+    mails = []
+    with msmtpd.Server(deliver=mails.append) as server:
+        server.mails = mails
+        yield server
+
+@pytest.mark.parametrize("number", range(3))
+def test_mail(inbox, number):
+    with smtplib.SMTP(inbox.host, inbox.port) as client:
+        client.sendmail("a@example.org", ["b@example.org"], "mail %d" % number)
+    assert [mail.data for mail in inbox.mails] == [b"mail %d\\n" % number]
+"""
+
+
+class WhereItIsEmbedded(LibraryCase):
+
+    def test_in_setUp_and_tearDown(self):
+        class Embedding(unittest.TestCase):
+            def setUp(self):
+                self.mails = []
+                self.server = msmtpd.Server(self.mails.append)
+                self.server.start()
+
+            def tearDown(self):
+                self.server.stop()
+
+            def test_mail(self):
+                with smtplib.SMTP(self.server.host, self.server.port) as client:
+                    client.sendmail("a@example.org", ["b@example.org"], "x")
+                self.assertEqual(len(self.mails), 1)
+
+        result = unittest.TestResult()
+        unittest.TestSuite(Embedding("test_mail") for _ in range(5)).run(result)
+        self.assertEqual((result.testsRun, result.errors, result.failures), (5, [], []))
+
+    def test_in_a_pytest_fixture(self):
+        try:
+            importlib.import_module("pytest")
+        except ImportError:
+            self.skipTest("no pytest")
+        with tempfile.TemporaryDirectory() as folder:
+            with open(os.path.join(folder, "test_it.py"), "w", encoding="utf-8") as file:
+                file.write(PYTEST)
+            done = subprocess.run(
+                [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-W", "error",
+                 folder], env=dict(os.environ, PYTHONPATH=os.path.dirname(msmtpd.__file__)),
+                cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, timeout=60)
+        self.assertIn(b"3 passed", done.stdout)
+
+    def test_beside_an_event_loop(self):
+        mails = []
+
+        def send():
+            with smtplib.SMTP(server.host, server.port) as client:
+                client.sendmail("a@example.org", ["b@example.org"], "x")
+
+        async def handle(mail):
+            mails.append((mail, threading.current_thread()))
+
+        async def run():
+            nonlocal server
+            loop = asyncio.get_running_loop()
+
+            def deliver(mail):      # in the session's thread, which waits for the coroutine
+                asyncio.run_coroutine_threadsafe(handle(mail), loop).result(PATIENCE)
+            server = msmtpd.Server(deliver)
+            await loop.run_in_executor(None, server.start)
+            await asyncio.gather(*(loop.run_in_executor(None, send) for _ in range(3)))
+            await loop.run_in_executor(None, server.stop)
+
+        server = None
+        asyncio.run(run())
+        self.assertEqual([thread for _, thread in mails], [threading.current_thread()] * 3)
+
+    def test_deliver_is_called_from_several_threads_at_a_time(self):
+        together = threading.Barrier(5)
+        threads = []
+
+        def deliver(mail):
+            together.wait(PATIENCE)     # broken unless all of them are here
+            threads.append(threading.get_ident())
+
+        server = self.serve(deliver)
+        clients = [self.sender(server) for _ in range(5)]
+        self.assertEqual([client.line() for client in clients], ["250 2.0.0 Delivered"] * 5)
+        self.assertEqual(len(set(threads) - {threading.get_ident()}), 5)
+
+    def test_its_threads_are_known_to_threading(self):
+        # Debuggers and coverage set their hooks so, and test suites look there for what was left.
+        traced, names = set(), []
+        self.addCleanup(threading.settrace, getattr(threading, "_trace_hook", None))
+        threading.settrace(lambda frame, event, value: traced.add(frame.f_code))
+        before = threading.active_count()
+
+        def deliver(mail):
+            names.append(threading.current_thread().name)
+
+        self.reply_to(deliver)
+        self.assertIn(deliver.__code__, traced)
+        self.assertRegex(names[0], "^msmtpd")
+        wait_for(lambda: threading.active_count() <= before, "the thread to be gone")
+
+    def test_a_mail_is_in_the_list_before_its_client_knows(self):
+        server = self.serve()
+        with smtplib.SMTP(server.host, server.port) as client:
+            for number in range(1, 200):
+                client.sendmail("a@example.org", ["b@example.org"], "x")
+                self.assertEqual(len(self.mails), number)
+
+
+# What a program of somebody else's does with the library; argument: the module's name.
+SELFTEST = """
+import importlib, smtplib, sys
+msmtpd = importlib.import_module(sys.argv[1])
+def must(condition):
+    if not condition:
+        raise SystemExit("line %d of the script" % sys._getframe(1).f_lineno)
+def deliver(mail):
+    if "nobody@" in mail.recipients[0]:
+        raise msmtpd.PermanentFailure("no", 550, "5.1.1")
+    if "trouble@" in mail.recipients[0]:
+        raise ArithmeticError
+    mails.append(mail)
+mails = []
+with msmtpd.Server(deliver, authenticate=lambda user, password: password == "se") as server:
+    with smtplib.SMTP(server.host, server.port, "client", 20) as client:
+        client.login("user", "se")
+        for number in 4, 1 << 20:
+            client.sendmail("a@example.org", ["b@example.org"], b"x\\r\\n" * number)
+        for name, code in ("nobody", 550), ("trouble", 451):
+            try:
+                client.sendmail("a@example.org", [name + "@example.org"], "x")
+            except smtplib.SMTPDataError as error:
+                must(error.smtp_code == code)
+            else:
+                must(False)
+must([len(mail.data) for mail in mails] == [8, 2 << 20])
+must(mails[0].message.get_payload() == "x\\n" * 4 and mails[1].user == "user")
+del mails[:]
+print("fine")
+"""
+
+# Takes from the standard library what Windows' has not, and makes the rest do what it does there.
+WINDOWS = """
+import argparse, contextlib, errno, email, email.message, email.parser, email.policy, logging
+import os, select, shutil, signal, socket, stat, subprocess, sys, tempfile, threading, traceback
+tempfile.gettempdir()
+for name in "ssl syslog pwd grp fcntl resource termios tty pty posix".split():
+    sys.modules[name] = None
+for module, names in {
+        os: "chown fchmod fork forkpty get_blocking getuid geteuid getpgid killpg mkfifo openpty "
+            "pidfd_open posix_spawn setsid set_blocking uname wait4 WNOHANG WIFSIGNALED "
+            "WTERMSIG WEXITSTATUS",
+        select: "poll epoll kqueue devpoll",
+        signal: "SIGALRM SIGCHLD SIGHUP SIGKILL SIGPIPE SIGUSR1 pthread_sigmask setitimer",
+        socket: "AF_UNIX SO_REUSEPORT MSG_DONTWAIT"}.items():
+    for name in names.split():
+        if hasattr(module, name):
+            delattr(module, name)
+def no_descriptor(*arguments):
+    raise AssertionError("a socket is no file descriptor")
+os.read = os.write = os.dup = os.dup2 = os.pipe = no_descriptor
+def sockets_only(readers, writers, errors, seconds=None, select=select.select, fstat=os.fstat):
+    must(readers or writers)
+    must(all(stat.S_ISSOCK(fstat(d).st_mode) for d in (*readers, *writers)))
+    return select(readers, writers, errors, seconds)
+select.select = sockets_only
+def socketpair():
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        one = socket.create_connection(listener.getsockname())
+        return one, listener.accept()[0]
+socket.socketpair = socketpair
+del socket.SO_REUSEADDR     # which lets others take the port there
+tempfile.TemporaryFile, os.O_TEMPORARY = tempfile.NamedTemporaryFile, 0
+os.name, sys.platform = "nt", "win32"
+""" + SELFTEST + """
+server = msmtpd.Server(print)
+server.start()
+main = threading.get_ident()
+def stop():
+    while sys._current_frames()[main].f_code.co_name != "sockets_only":
+        pass
+    server.stop()
+threading.Thread(target=stop).start()
+server.serve_forever()
+try:
+    msmtpd.Command("cat --")
+except ValueError as error:
+    must("POSIX" in str(error))
+else:
+    must(False)
+"""
+
+# Says whether the import or the use of the library changed the process that it is in.
+STATE = """
+import locale, gc, logging, os, signal, socket, sys, threading, warnings
+def state():
+    return [[signal.getsignal(number) for number in sorted(signal.valid_signals())],
+            signal.pthread_sigmask(signal.SIG_BLOCK, ()), signal.set_wakeup_fd(-1),
+            logging.root.handlers[:], logging.root.level, logging.root.disabled,
+            logging.raiseExceptions, logging.lastResort, logging.getLoggerClass(),
+            logging.getLogger("msmtpd").level, logging.getLogger("msmtpd").propagate,
+            logging.getLogger("msmtpd").disabled, locale.setlocale(locale.LC_ALL),
+            dict(os.environ), os.getcwd(), os.umask(0o22), socket.getdefaulttimeout(),
+            threading.excepthook, threading.stack_size(), sys.excepthook, sys.unraisablehook,
+            sys.getswitchinterval(), sys.getrecursionlimit(), sys.path[:], sys.stdout, sys.stderr,
+            gc.isenabled(), gc.get_threshold(), warnings.filters[:], sys.flags]
+os.umask(0o22)
+import smtplib
+before = state()
+""" + SELFTEST + """
+for old, new in zip(before, state()):
+    must(old == new)
+"""
+
+
+class WhereItIsVendored(unittest.TestCase):
+    """The same script in other surroundings, each in a process of its own."""
+
+    def setUp(self):
+        self.folder = tempfile.mkdtemp(prefix="msmtpd-test-")
+        self.addCleanup(shutil.rmtree, self.folder)
+
+    def run_script(self, script, *options, path=os.path.dirname(msmtpd.__file__), name="msmtpd"):
+        environment = dict(os.environ, PYTHONPATH=path, PYTHONDONTWRITEBYTECODE="1")
+        environment.pop("PYTHONWARNINGS", None)
+        done = subprocess.run([sys.executable, *options, "-c", script, name], env=environment,
+                              stdout=subprocess.PIPE, stderr=subprocess.STDOUT, timeout=PATIENCE,
+                              cwd=self.folder)
+        self.assertEqual((done.stdout.decode(), done.returncode), ("fine\n", 0))
+
+    def test_in_a_package_under_another_name(self):
+        package = os.path.join(self.folder, "project", "vendor")
+        os.makedirs(package)
+        shutil.copy(msmtpd.__file__, os.path.join(package, "postbox.py"))
+        self.run_script(SELFTEST, path=self.folder, name="project.vendor.postbox")
+
+    def test_from_a_zip_file(self):
+        path = shutil.make_archive(os.path.join(self.folder, "library"), "zip",
+                                   os.path.dirname(msmtpd.__file__),
+                                   os.path.basename(msmtpd.__file__))
+        self.run_script(SELFTEST + "must('.zip' in msmtpd.__file__)", path=path)
+
+    def test_without_assertions_and_docstrings(self):
+        self.run_script(SELFTEST + "must(msmtpd.__doc__ is None)", "-OO")
+
+    def test_with_warnings_as_errors(self):
+        self.run_script(SELFTEST + "import gc; gc.collect()", "-W", "error", "-bb", "-X", "dev")
+
+    def test_on_what_windows_has(self):
+        self.run_script(WINDOWS)
+
+    def test_in_a_process_whose_state_stays_as_it_was(self):
+        self.run_script(STATE)
+
+    def test_an_import_loads_nothing_that_is_not_needed_at_once(self):
+        done = subprocess.run(
+            [sys.executable, "-I", "-S", "-c", "import sys; sys.path.append(sys.argv[1])\n"
+             "import msmtpd\nprint(*sys.modules)", os.path.dirname(msmtpd.__file__)],
+            stdout=subprocess.PIPE, timeout=PATIENCE, check=True)
+        loaded = set(done.stdout.decode().split())
+        self.assertIn("msmtpd", loaded)
+        self.assertEqual(loaded & set(
+            "argparse asyncio dataclasses difflib email fcntl getpass hmac inspect "
+            "keyring logging pwd resource selectors shlex shutil signal socket socketserver ssl "
+            "subprocess syslog tempfile threading traceback typing".split()), set())
+
+    def test_what_is_public_is_there_and_has_a_docstring(self):
+        for name in msmtpd.__all__:
+            with self.subTest(name=name):
+                value = getattr(msmtpd, name)
+                self.assertTrue(value.__doc__)
+                members = vars(value).items() if isinstance(value, type) else ()
+                self.assertEqual([member for member, function in members
+                                  if isinstance(function, (types.FunctionType, property))
+                                  and member[0] != "_" and not function.__doc__], [])
+
+
+class WhatTheDocumentationShows(LibraryCase):
+
+    def test_the_examples_in_docstrings(self):
+        result = doctest.testmod(msmtpd)
+        self.assertGreaterEqual(result.attempted, 3)
+        self.assertEqual(result.failed, 0)
+
+    def test_the_example_that_the_module_begins_with(self):
+        block = re.search(r"(?m)^    import smtplib.*\n(    .*\n)+", msmtpd.__doc__).group()
+        output = io.StringIO()
+        with contextlib.redirect_stdout(output), warnings.catch_warnings():
+            warnings.simplefilter("ignore", ResourceWarning)    # the client is not closed
+            exec(textwrap.dedent(block), {})
+        self.assertEqual(output.getvalue(), "a@example.org ['b@example.org'] b'Hi\\n'\n")
+
+    def test_moving_over_from_smtpd(self):
+        class Inbox:
+            def process_message(self, peer, mailfrom, rcpttos, data, **options):
+                seen.append((peer, mailfrom, rcpttos, data, options))
+                return "550 Not me" if "nobody@example.org" in rcpttos else None
+
+        seen = []
+        with msmtpd.Server(msmtpd.smtpd_handler(Inbox().process_message)) as server:
+            with smtplib.SMTP(server.host, server.port, "client") as client:
+                client.sendmail("a@example.org", ["b@example.org"], "Subject: hi\n\n.dot\n")
+                with self.assertRaises(smtplib.SMTPDataError) as caught:
+                    client.sendmail("a@example.org", ["nobody@example.org"], b"x")
+                port = client.sock.getsockname()[1]
+        self.assertEqual((caught.exception.smtp_code, caught.exception.smtp_error),
+                         (550, b"5.3.0 Not me"))
+        self.assertEqual(seen[0], (("127.0.0.1", port), "a@example.org", ["b@example.org"],
+                                   b"Subject: hi\n\n.dot", {"mail_options": seen[0][4].get(
+                                       "mail_options"), "rcpt_options": []}))
+
+    def test_moving_over_from_aiosmtpd(self):
+        def check(address, mail):                       # was handle_MAIL and handle_RCPT
+            if address.endswith("@elsewhere.example"):
+                raise msmtpd.PermanentFailure("not relayed", 550, "5.7.1")
+
+        def deliver(mail):                              # was handle_DATA
+            if b"spam" in mail.data:
+                raise msmtpd.PermanentFailure("Message refused", 554, "5.7.1")
+            seen.append((mail.sender, mail.recipients, mail.message["Subject"]))
+
+        seen = []
+        with msmtpd.Server(deliver, check=check) as server:
+            with smtplib.SMTP(server.host, server.port, "client") as client:
+                refused = client.sendmail("a@example.org",
+                                          ["b@example.org", "c@elsewhere.example"],
+                                          "Subject: hi\n\nhi")
+                with self.assertRaises(smtplib.SMTPDataError) as caught:
+                    client.sendmail("a@example.org", ["b@example.org"], "spam")
+        self.assertEqual(refused, {"c@elsewhere.example": (550, b"5.7.1 not relayed")})
+        self.assertEqual(caught.exception.smtp_error, b"5.7.1 Message refused")
+        self.assertEqual(seen, [("a@example.org", ["b@example.org"], "hi")])
+
+
+class SmtpdHandlers(LibraryCase):
+
+    def test_replies_that_process_message_may_return(self):
+        for text, reply in (
+                (None, "250 2.0.0 Delivered"), ("", "250 2.0.0 Delivered"),
+                ("250 Ok", "250 2.0.0 Delivered"), ("451 later", "451 4.3.0 later"),
+                ("550", "550 5.3.0 Delivery failed"), ("550 5.1.1 no", "550 5.1.1 no"),
+                ("452 4.2.2  full", "452 4.2.2 full")):
+            with self.subTest(text=text):
+                handler = msmtpd.smtpd_handler(lambda *arguments, **options: text)
+                self.assertEqual(self.reply_to(handler), (reply, "250 2.0.0 Here"))
+
+    def test_data_as_smtpd_gave_it(self):
+        for decode, data, options in ((False, "\u20ac".encode() + b"\n.\n", True),
+                                      (True, "\u20ac\n.\n", False)):
+            with self.subTest(decode_data=decode):
+                seen = []
+
+                def process_message(*arguments, **keywords):
+                    seen.append((arguments[1:], bool(keywords)))
+                server = self.serve(msmtpd.smtpd_handler(process_message, decode_data=decode))
+                client = self.sender(server, "\u20ac\r\n..\r\n")
+                self.assertEqual(client.line(), "250 2.0.0 Delivered")
+                self.assertEqual(seen, [(("a@example.org", ["b@example.org"], data), options)])
+                server.stop()
+
+
+class FailuresOfDeliver(LibraryCase):
+
+    def test_codes_that_do_not_fit_are_refused_where_they_are_raised(self):
+        for failure, good, bad in ((msmtpd.TemporaryFailure, (400, 450, 499, None),
+                                    (399, 500, 550, 250, 45, 4500, -450, "450", 450.5, True)),
+                                   (msmtpd.PermanentFailure, (500, 554, 599, None),
+                                    (499, 600, 450, 55, "550", 550.5, False))):
+            for code in good:
+                self.assertEqual(failure("x", code).code, code)
+            for code in bad:
+                with self.subTest(failure=failure, code=code), self.assertRaises(ValueError):
+                    failure("x", code)
+            digit = "5" if failure is msmtpd.PermanentFailure else "4"
+            other = "9" if digit == "4" else "4"
+            self.assertEqual(failure("x", enhanced=digit + ".1.20").enhanced, digit + ".1.20")
+            for enhanced in ("", other + ".1.1", digit + ".1", digit + ".1.1.1", digit + ".1.1000",
+                             digit + ".1.1\n", " " + digit + ".1.1", digit + ".\u0663.0"):
+                with self.subTest(failure=failure, enhanced=enhanced):
+                    with self.assertRaises(ValueError):
+                        failure("x", enhanced=enhanced)
+
+    def test_what_the_client_is_told(self):
+        temporary, permanent = msmtpd.TemporaryFailure, msmtpd.PermanentFailure
+        for error, reply in (
+                (temporary(), "451 4.3.0 Delivery failed"), (temporary("later"), "451 4.3.0 later"),
+                (temporary("x", 450), "450 4.3.0 x"), (temporary("x", 452, "4.2.2"), "452 4.2.2 x"),
+                (permanent(), "554 5.3.0 Delivery failed"), (permanent("no"), "554 5.3.0 no"),
+                (permanent("x", enhanced="5.7.1"), "554 5.7.1 x"),
+                (permanent("two\r\nlines\0\u20ac"), "554 5.3.0 two  lines??")):
+            with self.subTest(error=repr(error)):
+                deliver = mock.Mock(side_effect=error, spec=())
+                self.assertEqual(self.reply_to(deliver), (reply, "250 2.0.0 Here"))
+
+    def test_any_other_exception_is_logged_and_its_text_kept_from_the_client(self):
+        for error in (RuntimeError("secret"), SystemExit("secret"), MemoryError("secret"),
+                      KeyboardInterrupt("secret"), GeneratorExit("secret"),
+                      asyncio.CancelledError("secret")):
+            with self.subTest(error=repr(error)), self.assertLogs("msmtpd", "ERROR") as log:
+                deliver = mock.Mock(side_effect=error, spec=())
+                self.assertEqual(self.reply_to(deliver, max_sessions=1),
+                                 ("451 4.3.0 Internal error", "250 2.0.0 Here"))
+            self.assertEqual(len(log.records), 1)
+            self.assertIn("Traceback", log.output[0])
+            self.assertIn("secret", log.output[0])
+
+    def test_one_that_is_kept_keeps_no_descriptor_open(self):
+        descriptors, error = open_descriptors(), ArithmeticError()
+        server = self.serve(mock.Mock(side_effect=error, spec=()))
+        client = self.sender(server)
+        self.assertEqual(client.line(), "451 4.3.0 Internal error")
+        client.close()
+        server.stop()
+        self.assertIsNotNone(error.__traceback__)   # which holds the session
+        self.assertEqual(open_descriptors(), descriptors)
+
+    def test_the_server_outlives_any_of_them(self):
+        server = self.serve(mock.Mock(side_effect=asyncio.CancelledError, spec=()))
+        with self.assertLogs("msmtpd", "ERROR"):
+            for _ in range(3):
+                client = self.sender(server)
+                self.assertEqual(client.line(), "451 4.3.0 Internal error")
+                client.close()
+
+    def test_they_are_no_errors_of_the_client(self):
+        failure = msmtpd.PermanentFailure("no valid recipients", 554, "5.5.1")
+        for name in ("deliver", "check"):
+            with self.subTest(name=name):
+                options = {"deliver": print, name: mock.Mock(side_effect=failure, spec=())}
+                server = self.serve(**options)
+                client = self.client(server)
+                client.open()
+                for _ in range(msmtpd.MAX_ERRORS + 2):
+                    if name == "deliver":
+                        client.do("MAIL FROM:<a@example.org>", "RCPT TO:<b@example.org>", "DATA")
+                        client.send("x\r\n.\r\n")
+                    else:
+                        client.send("MAIL FROM:<a@example.org>\r\n")
+                    self.assertEqual(client.line(), "554 5.5.1 no valid recipients")
+                server.stop()
+
+    def test_421_ends_the_session(self):
+        server = self.serve(mock.Mock(side_effect=msmtpd.TemporaryFailure("bye", 421), spec=()))
+        self.assertEqual(self.sender(server).rest(), "421 4.3.0 bye\r\n")
+
+
+class ChecksOfAddresses(LibraryCase):
+
+    def test_are_asked_for_each_sender_and_recipient(self):
+        asked = []
+
+        def check(address, mail):
+            asked.append((address, mail.sender, list(mail.recipients), mail.helo))
+        server = self.serve(check=check)
+        client = self.client(server)
+        client.open("MAIL FROM:<>", "RCPT TO:<b@example.org>", "RCPT TO:<\"o b\"@example.org>",
+                    "RCPT TO:<root>")
+        self.assertEqual([entry[0] for entry in asked],
+                         ["", "b@example.org", '"o b"@example.org', "root"])
+        self.assertEqual({(entry[1], entry[3]) for entry in asked}, {("", "client.example")})
+
+    def test_may_raise_the_two_failures(self):
+        temporary, permanent = msmtpd.TemporaryFailure, msmtpd.PermanentFailure
+        for error, sender, recipient in (
+                (temporary(), "451 4.1.7 Address refused", "451 4.1.3 Address refused"),
+                (temporary("x", 450, "4.2.1"), "450 4.2.1 x", "450 4.2.1 x"),
+                (permanent("no"), "553 5.1.7 no", "553 5.1.3 no"),
+                (permanent("no", 550, "5.1.1"), "550 5.1.1 no", "550 5.1.1 no"),
+                (ValueError("secret"),) + ("451 4.3.0 Internal error",) * 2):
+            def check(address, mail):
+                if address.startswith("bad@"):
+                    raise error
+            with self.subTest(error=repr(error)), contextlib.ExitStack() as stack:
+                log = None
+                if isinstance(error, ValueError):
+                    log = stack.enter_context(self.assertLogs("msmtpd", "ERROR"))
+                server = self.serve(check=check)
+                client = self.client(server)
+                self.assertEqual(client.open("MAIL FROM:<bad@example.org>"), sender)
+                self.assertEqual(client.do("MAIL FROM:<a@example.org>", "RCPT TO:<b@example.org>",
+                                           "RCPT TO:<bad@example.org>"), recipient)
+                client.do("DATA")
+                self.assertEqual(client.do("x\r\n."), "250 2.0.0 Delivered")
+                self.assertEqual([mail.recipients for mail in self.mails], [["b@example.org"]])
+                server.stop()
+            self.assertEqual(len(log.records) if log else 0, 2 if log else 0)
+
+
+class AuthenticatingByAFunction(LibraryCase):
+
+    def setUp(self):
+        super().setUp()
+        self.patch(AUTH_DELAY=0)
+
+    def login(self, answer, user="us\u20acr", password="p\u00e4ss"):
+        """The reply to AUTH, and what the function was called with."""
+        authenticate = mock.Mock(side_effect=[answer])
+        server = self.serve(authenticate=authenticate)
+        client = self.client(server)
+        response = base64.b64encode(("\0%s\0%s" % (user, password)).encode()).decode()
+        reply = client.open("AUTH PLAIN " + response)
+        mail = client.do("MAIL FROM:<a@example.org>")
+        if mail[:3] == "250":
+            client.do("RCPT TO:<b@example.org>", "DATA", "x\r\n.")
+        server.stop()
+        return reply, mail, authenticate.call_args[0]
+
+    def test_its_answer_decides(self):
+        for answer, reply, mail in (
+                (True, "235 2.7.0 Authenticated", "250"), (1, "235 2.7.0 Authenticated", "250"),
+                (False, "535 5.7.8 Wrong user name or password", "530"),
+                (None, "535 5.7.8 Wrong user name or password", "530")):
+            with self.subTest(answer=answer):
+                result = self.login(answer)
+                self.assertEqual((result[0], result[1][:3]), (reply, mail))
+                self.assertEqual(result[2], ("us\u20acr", "p\u00e4ss"))
+                self.assertEqual([m.user for m in self.mails],
+                                 ["us\u20acr"] if mail == "250" else [])
+
+    def test_what_it_raises_is_answered_by_454_and_the_password_not_logged(self):
+        for error in (OSError("hunter2"), SystemExit("hunter2"), asyncio.CancelledError("hunter2")):
+            with self.subTest(error=repr(error)), self.assertLogs("msmtpd", "DEBUG") as log:
+                reply, mail, _ = self.login(error, password="hunter2")
+                self.assertEqual((reply[:9], mail[:3]), ("454 4.7.0", "530"))
+            self.assertIn(type(error).__name__, "\n".join(log.output))
+            self.assertNotIn("hunter2", "\n".join(log.output))
+
+
+class TLSByAContext(LibraryCase):
+
+    def context(self, **attributes):
+        context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+        with tempfile.NamedTemporaryFile("w") as file:
+            file.write(CERTIFICATE_1 + KEY_1)
+            file.flush()
+            context.load_cert_chain(file.name)
+        for name, value in attributes.items():
+            setattr(context, name, value)
+        return context
+
+    def test_is_used_as_given_by_starttls_and_from_the_first_byte(self):
+        trusting = ssl.create_default_context(cadata=CERTIFICATE_1)
+        versions = [ssl.TLSVersion.TLSv1_2] + [ssl.TLSVersion.TLSv1_3] * ssl.HAS_TLSv1_3
+        names = []
+        for starttls in (True, False):
+            for version in versions:
+                with self.subTest(starttls=starttls, version=version):
+                    context = self.context(
+                        minimum_version=version, maximum_version=version,
+                        sni_callback=lambda tls, name, context: names.append(name))
+                    server = self.serve(tls=context, starttls=starttls)
+                    with contextlib.ExitStack() as stack:
+                        if starttls:
+                            client = stack.enter_context(smtplib.SMTP(server.host, server.port))
+                            client.ehlo()
+                            self.assertTrue(client.has_extn("starttls"))
+                            client.sendmail("a@example.org", ["b@example.org"], "plain")
+                            client.starttls(context=trusting)
+                            client.ehlo()
+                        else:
+                            client = stack.enter_context(smtplib.SMTP_SSL(
+                                server.host, server.port, context=trusting))
+                            client.ehlo()
+                        self.assertFalse(client.has_extn("starttls"))
+                        client.sendmail("a@example.org", ["b@example.org"], "x" * 100000)
+                        self.assertEqual(client.sock.version(),
+                                         "TLSv1.2" if version.name == "TLSv1_2" else "TLSv1.3")
+                    server.stop()
+                    self.assertEqual([(mail.tls, mail.size) for mail in self.mails],
+                                     [(False, 6)] * starttls + [(True, 100001)])
+        self.assertEqual(len(names), 2 * len(versions))
+
+    def test_authentication_waits_for_it(self):
+        server = self.serve(tls=self.context(), authenticate=lambda user, password: True)
+        with smtplib.SMTP(server.host, server.port) as client:
+            client.ehlo()
+            self.assertFalse(client.has_extn("auth"))
+            self.assertEqual(client.docmd("AUTH PLAIN AHUAcA==")[0], 538)
+            client.starttls(context=ssl.create_default_context(cadata=CERTIFICATE_1))
+            self.assertEqual(client.login("user", "password")[0], 235)
+
+    def test_stop_is_quick_within_it_too(self):
+        server = self.serve(tls=self.context())
+        with smtplib.SMTP(server.host, server.port) as client:
+            client.starttls(context=ssl.create_default_context(cadata=CERTIFICATE_1))
+            halfway = self.client(server)
+            halfway.open("STARTTLS")            # and then nothing
+            began = time.monotonic()
+            server.stop()
+            self.assertLess(time.monotonic() - began, 0.9)
+            self.assertEqual(client.getreply()[0], 421)
+            client.close()
+
+
+class ErrorsOnPurpose(LibraryCase):
+
+    def test_by_defining_a_verbs_method(self):
+        class Grumpy(msmtpd.Session):
+            VERBS = dict(msmtpd.Session.VERBS, XLOUD="do_XLOUD")
+
+            def do_RCPT(self, argument):
+                if "nobody@" in argument:
+                    return msmtpd.Reply(550, "5.1.1", "No such user", "here")
+                return super().do_RCPT(argument)
+
+            def do_NOOP(self, argument):
+                raise msmtpd.Refused(msmtpd.Reply(450, "4.2.1", argument))
+
+            def do_XLOUD(self, argument):
+                return msmtpd.Reply(250, "", argument.upper())
+
+            def do_VRFY(self, argument):
+                raise msmtpd.Disconnect()
+
+            def do_RSET(self, argument):
+                raise msmtpd.Disconnect(msmtpd.Reply(421, "4.3.2", "Lunch"))
+
+            def do_HELP(self, argument):
+                raise ArithmeticError
+
+            def do_DATA(self, argument):
+                reply = super().do_DATA(argument)
+                reply.enhanced, reply.lines = "", ("number %d" % self.number,)
+                return reply
+
+            def do_UNKNOWN(self, argument):
+                raise AssertionError("found by what a client sent")
+
+        server = self.serve(session=Grumpy)
+        mail = "MAIL FROM:<a@example.org>"
+        for lines, rest in (
+                ([mail, "RCPT TO:<nobody@example.org>"],
+                 "550-5.1.1 No such user\r\n550 5.1.1 here\r\n"),
+                ([mail, "RCPT TO:<b@example.org>"], "250 2.1.5 Recipient accepted\r\n"),
+                (["NOOP spoken  loud "], "450 4.2.1 spoken  loud\r\n"),
+                (["xloud abc"], "250 ABC\r\n"), (["UNKNOWN"], "500 5.5.1 Unknown command\r\n"),
+                (["VRFY a"], ""), (["RSET"], "421 4.3.2 Lunch\r\n"),
+                (["HELP"], "421 4.3.0 Internal error\r\n"),
+                ([mail, "RCPT TO:<b@example.org>", "DATA", "x\r\n."], "250 number 9\r\n")):
+            with self.subTest(lines=lines), contextlib.ExitStack() as stack:
+                if lines == ["HELP"]:
+                    stack.enter_context(self.assertLogs("msmtpd", "ERROR"))
+                client = stack.enter_context(Client(server))
+                client.open(*lines[:-1])
+                client.send(lines[-1] + "\r\n")
+                client.socket.shutdown(socket.SHUT_WR)
+                self.assertEqual(client.rest(), rest)
+        self.assertEqual(len(self.mails), 1)
+
+    def test_one_that_is_slow_holds_up_no_other(self):
+        slow = threading.Event()
+
+        class Slow(msmtpd.Session):
+            def do_NOOP(self, argument):
+                slow.wait(PATIENCE)
+                return super().do_NOOP(argument)
+        server = self.serve(session=Slow)
+        self.addCleanup(slow.set)
+        first, second = self.client(server), self.client(server)
+        first.open()
+        first.send("NOOP\r\n")
+        self.assertEqual(second.open("VRFY a")[:3], "252")
+        slow.set()
+        self.assertEqual(first.line(), "250 2.0.0 Here")
+
+
+class AMail(LibraryCase):
+
+    def test_has_an_envelope_and_data(self):
+        server = self.serve()
+        client = self.client(server)
+        head = "Subject: =?utf-8?q?gr=C3=BC=C3=9Fe?=\r\n\r\n"
+        client.open("MAIL FROM:<> SIZE=100", "RCPT TO:<b@example.org>", "RCPT TO:<c@example.org>",
+                    "DATA")
+        self.assertEqual(client.do(head + "..x\r\n\u20ac\r\n."), "250 2.0.0 Delivered")
+        client.do("HELO [192.0.2.1]", "MAIL FROM:<a@example.org>", "RCPT TO:<root>", "DATA", ".")
+        client.do("EHLO x", "MAIL FROM:<\u00e9@example.org> SMTPUTF8", "RCPT TO:<root>", "DATA",
+                  " x\r\n.")
+        first, second, third = self.mails
+        self.assertEqual((first.sender, first.recipients), ("", ["b@example.org", "c@example.org"]))
+        self.assertEqual(first.peer, ("127.0.0.1", client.socket.getsockname()[1]))
+        self.assertEqual((first.helo, first.user, first.tls, first.smtputf8),
+                         ("client.example", None, False, False))
+        data = "Subject: =?utf-8?q?gr=C3=BC=C3=9Fe?=\n\n.x\n\u20ac\n".encode()
+        for _ in range(2):
+            self.assertEqual((first.data, first.file.read(), first.size), (data, data, len(data)))
+            self.assertIsInstance(first.message, email.message.EmailMessage)
+            self.assertEqual(first.message["Subject"], "gr\u00fc\u00dfe")
+        self.assertEqual((second.data, second.size, second.helo), (b"", 0, "[192.0.2.1]"))
+        self.assertEqual((third.data, third.sender, third.smtputf8),
+                         (b" x\n", "\u00e9@example.org", True))
+        self.assertIn("b@example.org", repr(first))
+
+    def test_keeps_its_data_and_lets_go_of_it_without_a_warning(self):
+        descriptors = open_descriptors()
+        server = self.serve()
+        sizes = 10, msmtpd.MAX_MEMORY, msmtpd.MAX_MEMORY + 2, 3 * msmtpd.MAX_MEMORY
+        with smtplib.SMTP(server.host, server.port) as client:
+            for size in sizes:
+                client.sendmail("a@example.org", ["b@example.org"], b"y" * (size - 1) + b"\r\n")
+        server.stop()
+        for mail, size in zip(self.mails, sizes):
+            self.assertEqual((mail.size, len(mail.data), mail.data[-2:]), (size, size, b"y\n"))
+        with warnings.catch_warnings(record=True) as caught, \
+                mock.patch("sys.unraisablehook") as unraisable:
+            warnings.simplefilter("always")
+            for mail in self.mails:
+                mail.itself = mail              # found by the collector only
+            del mail, self.mails[:]
+            gc.collect()
+        self.assertEqual((caught, unraisable.mock_calls), ([], []))
+        self.assertEqual(open_descriptors(), descriptors)
+
+    def test_can_be_made_for_the_tests_of_a_deliver(self):
+        mail = msmtpd.Mail("a@example.org", ("b@example.org",), b"Subject: x\n\ny\n")
+        self.assertEqual((mail.recipients, mail.data, mail.size, mail.message["Subject"]),
+                         (["b@example.org"], b"Subject: x\n\ny\n", 14, "x"))
+        self.assertEqual(str(mail.peer), "a local client")
+
+    def test_has_a_received_line_only_where_asked_for(self):
+        for received in (False, True):
+            with self.subTest(received=received):
+                server = self.serve(received=received)
+                self.assertEqual(self.sender(server, "A: b").line(), "250 2.0.0 Delivered")
+                self.assertEqual(self.mails[0].data.startswith(b"Received: from"), received)
+                self.assertEqual(self.mails[0].message["A"], "b")
+                server.stop()
+
+
+class WhatIsLogged(LibraryCase):
+
+    def test_goes_to_the_logger_msmtpd_or_to_one_that_is_given(self):
+        for name in ("msmtpd", "project.mail"):
+            with self.subTest(name=name), self.assertLogs(name, "INFO") as log:
+                options = {} if name == "msmtpd" else {"log": logging.getLogger(name)}
+                server = self.serve(**options)
+                self.sender(server).line()
+                server.stop()
+            self.assertEqual({record.name for record in log.records}, {name})
+            self.assertRegex("\n".join(log.output), r"session 1: mail from=<a@example\.org> "
+                             r"to=<b@example\.org> size=2 status=sent seconds=[0-9.]+")
+
+    def test_is_printed_nowhere(self):
+        script = SELFTEST.replace("fine", "quiet") + "print('end')"
+        done = subprocess.run([sys.executable, "-c", script, "msmtpd"], timeout=PATIENCE,
+                              env=dict(os.environ, PYTHONPATH=os.path.dirname(msmtpd.__file__)),
+                              stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+        self.assertEqual((done.stdout, done.stderr), (b"quiet\nend\n", b""))
+
+    def test_follows_the_projects_own_configuration(self):
+        stream = io.StringIO()
+        handler = logging.StreamHandler(stream)
+        root = logging.getLogger()
+        root.addHandler(handler)
+        self.addCleanup(root.removeHandler, handler)
+        self.assertEqual(self.reply_to(mock.Mock(side_effect=ArithmeticError("why"), spec=()))[0],
+                         "451 4.3.0 Internal error")
+        self.assertIn("session 1: deliver raised\nTraceback", stream.getvalue())
+        self.assertIn("ArithmeticError: why", stream.getvalue())
+        self.assertNotIn("mail from", stream.getvalue())
+
+
+# CPython's own tests of its SMTP client, with this server in the place of its smtpd
+
+def said(text):
+    """A reply in the words of smtpd."""
+    return msmtpd.Reply(int(text[:3]), "", *text[4:].split("\n"))
+
+
+def debugging_session(smtpd):
+    """A session that answers and reports as smtpd's DebuggingServer."""
+    class Debugging(msmtpd.Session):
+        def do_EHLO(self, argument):
+            super().do_EHLO(argument)
+            return said("250 \nSIZE 33554432\nHELP")
+
+        def do_HELO(self, argument):
+            return said("503 Duplicate HELO/EHLO") if self.helo else super().do_HELO(argument)
+
+        def do_NOOP(self, argument):
+            return said("250 OK")
+
+        do_RSET = do_NOOP
+
+        def do_EXPN(self, argument):
+            return said("502 EXPN not implemented")
+
+        def do_VRFY(self, argument):
+            return said("252 Cannot VRFY user, but will accept message and attempt delivery")
+
+        def do_HELP(self, argument):
+            return said("250 Supported commands: EHLO HELO MAIL RCPT DATA RSET NOOP QUIT VRFY")
+
+        def do_MAIL(self, argument):
+            reply = super().do_MAIL(argument)
+            print("sender:", self.mail.sender or "<>", file=smtpd.DEBUGSTREAM)
+            return reply
+
+        def do_RCPT(self, argument):
+            reply = super().do_RCPT(argument)
+            print("recips:", self.mail.recipients, file=smtpd.DEBUGSTREAM)
+            return reply
+    return Debugging
+
+
+def simulated_session(tests, server):
+    """A session that does what the simulated server of test_smtplib is told to by its tests."""
+    class Simulated(msmtpd.Session):
+        quit_response = mail_response = rcpt_response = data_response = None
+        rcpt_count = rset_count = 0
+        disconnect = False
+
+        def __init__(self, *arguments):
+            super().__init__(*arguments)
+            server._SMTPchannel = self
+
+        def do_EHLO(self, argument):
+            super().do_EHLO(argument)
+            return msmtpd.Reply(250, "", "testhost", "EXPN", "SIZE 20000000", "STARTTLS",
+                                "DELIVERBY", *server.features, "HELP")
+
+        def do_VRFY(self, argument):
+            if argument not in tests.sim_users:
+                return said("550 No such user: " + argument)
+            return said("250 %s %s" % (tests.sim_users[argument], smtplib.quoteaddr(argument)))
+
+        def do_EXPN(self, argument):
+            members = tests.sim_lists.get(argument.lower())
+            return said("250 " + "\n".join(
+                "%s %s" % (tests.sim_users[member], smtplib.quoteaddr(member))
+                for member in members) if members else "550 No access for you!")
+
+        def do_AUTH(self, argument):
+            if argument == "BUGGY":
+                while True:
+                    self.ask(b"BuGgYbUgGy")
+            if argument == "CRAM-MD5":
+                answer = self.ask(base64.b64decode(tests.sim_cram_md5_challenge))
+                self.assert_digest(answer.split()[1].decode())
+            else:
+                super().do_AUTH(argument)
+            return said("235 Authentication Succeeded" if self.user != "psu" else "235 Ok")
+
+        def assert_digest(self, digest):
+            key, text = tests.sim_auth[1], base64.b64decode(tests.sim_cram_md5_challenge)
+            if digest != tests.hmac.HMAC(key.encode(), text, "md5").hexdigest():
+                raise msmtpd.Refused(said("535 Authentication credentials invalid"))
+
+        def do_MAIL(self, argument):
+            if self.mail_response:
+                if self.disconnect:
+                    raise msmtpd.Disconnect(said(self.mail_response))
+                return said(self.mail_response)
+            if self.user is None:
+                self.user = ""          # one may send without, here
+            super().do_MAIL(argument)
+            server.last_mail_options = argument.split()[1:]
+            return said("250 OK")
+
+        def do_RCPT(self, argument):
+            if self.rcpt_response:
+                self.rcpt_count += 1
+                return said(self.rcpt_response[self.rcpt_count - 1])
+            super().do_RCPT(argument)
+            return said("250 OK")
+
+        def do_DATA(self, argument):
+            reply = super().do_DATA(argument)
+            return said("250 OK") if reply.code == 250 else reply
+
+        def do_RSET(self, argument):
+            self.rset_count += 1
+            return super().do_RSET(argument)
+
+        def do_QUIT(self, argument):
+            if self.quit_response:
+                raise msmtpd.Disconnect(said(self.quit_response))
+            return super().do_QUIT(argument)
+    return Simulated
+
+
+class InThePlaceOfSmtpd:
+    """What the tests want of a server object, by a msmtpd.Server."""
+
+    def __init__(self, deliver, session, authenticate=None):
+        self.server = msmtpd.Server(deliver, session=session, authenticate=authenticate)
+        self.server.start()
+        self.socket = types.SimpleNamespace(getsockname=lambda: self.server.addresses[0])
+
+    @classmethod
+    def debugging(cls, tests, session):
+        printer = object.__new__(tests.smtpd.DebuggingServer)
+
+        def make(address, remote, decode_data):
+            deliver = msmtpd.smtpd_handler(printer.process_message, decode_data=decode_data)
+            return cls(deliver, session)
+        return make
+
+    @classmethod
+    def simulated(cls, tests, features=()):
+        def make(address, remote, decode_data, enable_SMTPUTF8=False):
+            self = object.__new__(cls)
+            self.features, self._addresses, self.channel_class = list(features), {}, None
+            self.add_feature = self.features.append
+
+            def process_message(peer, mailfrom, rcpttos, data, **options):
+                if self.channel_class:      # set by one test, whose class says this
+                    return "421 closing"
+                self._addresses.update({"from": mailfrom, "tos": rcpttos})
+                self.last_mailfrom, self.last_rcpttos, self.last_message = mailfrom, rcpttos, data
+                self.last_rcpt_options = options.get("rcpt_options")
+            self.__init__(msmtpd.smtpd_handler(process_message, decode_data=decode_data),
+                          simulated_session(tests, self),
+                          lambda user, password: (user, password) in (
+                              tests.sim_auth, ("psu", "doesnotexist")))
+            return self
+        return make
+
+    def serve(self, serv_evt, client_evt):
+        serv_evt.set()
+        client_evt.wait(PATIENCE)
+        self.server.stop()
+        serv_evt.set()
+
+
+class InThePlaceOfLoggingsServer(InThePlaceOfSmtpd):
+    """The same for the tests of logging's SMTPHandler."""
+
+    def __init__(self, address, handler, *rest):
+        super().__init__(msmtpd.smtpd_handler(handler, decode_data=True), msmtpd.Session)
+        self.port, self.stop = self.server.port, self.server.stop
+
+    def start(self):
+        pass
+
+
+class CPythonsOwnTests(unittest.TestCase):
+
+    # Those that compare the words of smtpd's replies, or read its DEBUGSTREAM.
+    WORDS = {"testNOOP", "testRSET", "testELHO", "testEXPNNotImplemented", "testVRFY",
+             "testSecondHELO", "testHELP", "testSendNullSender", "testSendMessageWithAddresses",
+             "testSendMessageWithSomeAddresses", "testSendMessageWithSpecifiedAddresses",
+             "testSendMessageWithMultipleFrom", "testSendMessageResent"}
+    # One reads a buffer of smtpd's, the other says AUTH before EHLO, which is refused here.
+    OTHER = {"test_lowercase_mail_from_rcpt_to", "testAUTH_PLAIN_initial_response_auth"}
+
+    @staticmethod
+    def module(name):
+        """A module of CPython's own tests, where it is installed."""
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                return importlib.import_module("test." + name)
+        except (ImportError, unittest.SkipTest) as error:
+            raise unittest.SkipTest("test.%s is not installed: %s" % (name, error)) from None
+
+    def run_class(self, case, **patches):
+        """Run a class of tests with things replaced in its module; return who passed and failed."""
+        module = sys.modules[case.__module__]
+        result = unittest.TestResult()
+        with contextlib.ExitStack() as stack:
+            for name, value in patches.items():
+                owner = module.smtpd if name == "DebuggingServer" else module
+                stack.enter_context(mock.patch.object(owner, name, value))
+            suite = unittest.defaultTestLoader.loadTestsFromTestCase(case)
+            names = {test._testMethodName for test in suite}
+            suite.run(result)
+        bad = {test.id().rpartition(".")[2].split(" ")[0]: text
+               for test, text in result.errors + result.failures}
+        self.texts = bad
+        return names - set(bad), set(bad)
+
+    def test_smtplib_against_a_server_as_it_is(self):
+        tests = self.module("test_smtplib")
+        passed, failed = self.run_class(
+            tests.DebuggingServerTests, debugging_server=InThePlaceOfSmtpd.serve,
+            DebuggingServer=InThePlaceOfSmtpd.debugging(tests, msmtpd.Session))
+        self.assertEqual(failed, self.WORDS, self.texts)
+        self.assertGreaterEqual(len(passed), 9)
+
+    def test_smtplib_against_sessions_that_speak_like_smtpd(self):
+        tests = self.module("test_smtplib")
+        servers = {"SimSMTPServer": (), "SimSMTPAUTHInitialResponseServer": (),
+                   "SimSMTPUTF8Server": ("SMTPUTF8", "8BITMIME")}
+        patches = {name: InThePlaceOfSmtpd.simulated(tests, features)
+                   for name, features in servers.items()}
+        patches["DebuggingServer"] = InThePlaceOfSmtpd.debugging(
+            tests, debugging_session(tests.smtpd))
+        for name, least in (("DebuggingServerTests", 22), ("SMTPSimTests", 22),
+                            ("SMTPUTF8SimTests", 4), ("SMTPAUTHInitialResponseSimTests", 1)):
+            with self.subTest(name=name):
+                passed, failed = self.run_class(
+                    getattr(tests, name), debugging_server=InThePlaceOfSmtpd.serve, **patches)
+                self.assertLessEqual(failed, self.OTHER, self.texts)
+                self.assertGreaterEqual(len(passed), least)
+
+    def test_loggings_smtp_handler(self):
+        tests = self.module("test_logging")
+        passed, failed = self.run_class(tests.SMTPHandlerTest,
+                                        TestSMTPServer=InThePlaceOfLoggingsServer)
+        self.assertEqual((passed, failed), ({"test_basic"}, set()), self.texts)
 
 
 # The program

@@ -96,7 +96,7 @@ KILL_DELAY = 5.0                   # seconds from a command's SIGTERM to its SIG
 AUTH_DELAY = 1.0                   # seconds by which a failure, and what follows it, is late
 AUTH_MEMORY = 60.0                 # seconds for which a failure makes every answer late
 GRACE = 30.0                       # seconds that the program gives mail data when it is stopped
-LISTEN_QUEUE = 128                 # clients that the kernel lets wait
+LISTEN_QUEUE = 4096                # clients that wait; the kernel may cut it, Linux to somaxconn
 CHUNK = 65536                      # bytes per read: still in the processor's cache when searched
 
 
@@ -371,7 +371,8 @@ _PATH = (r" *(?:<(?:(?:@{0}(?:,@{0})*:)?(?P<path>{1}))?>|(?P<bare>{1}))(?: +(?P<
 _INERT = "ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789@._+/=:%,-"
 
 # What web pages can make a browser send, and what else speaks HTTP.
-HTTP_METHODS = frozenset("CONNECT DELETE GET HEAD OPTIONS PATCH POST PRI PROPFIND PUT TRACE".split())
+HTTP_METHODS = frozenset(
+    "CONNECT DELETE GET HEAD OPTIONS PATCH POST PRI PROPFIND PUT TRACE".split())
 
 
 def split_verb(line: str) -> Tuple[str, str]:
@@ -1406,18 +1407,17 @@ class Command:
         for address in (mail.sender, *mail.recipients):
             self.check(address)
         try:
-            run = _Run(self._program, self._arguments(mail), mail, self._stdout)
+            with self._lock:    # while one is forked no other thread can run: better to queue here
+                run = _Run(self._program, self._arguments(mail), mail, self._stdout)
+                self._runs.add(run)
         except (OSError, ValueError, MemoryError) as error:
             missing = isinstance(error, (FileNotFoundError, PermissionError, NotADirectoryError))
             raise TemporaryFailure("Cannot start the command: %s" % error, 451,
                                    "4.3.5" if missing else "4.3.0", [str(error)]) from None
-        with self._lock:
-            self._runs.add(run)
         try:
             run.finish(self._timeout)
         finally:
-            with self._lock:
-                self._runs.discard(run)
+            self._runs.discard(run)
         mail.outcome = "exit=" + run.outcome
         self._judge(run)
 

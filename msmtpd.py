@@ -1587,7 +1587,7 @@ class _Run:
             self._feed_more()
         if self._pidfd is None or self._pidfd in ready:
             self._reap()
-        elif self._stderr in ready:
+        if self._stderr in ready and not self._ended:
             self._read_errors()
 
     def kill(self, number: int) -> None:

@@ -1116,6 +1116,7 @@ class Delivery(ProgramCase):
     def test_without_pidfd(self):
         with mock.patch.object(os, "pidfd_open", side_effect=OSError, create=True):
             for test in (self.test_arguments_and_input, self.test_signals, self.test_time_limit,
+                         self.test_its_words_end_the_reply,
                          self.test_children_left_behind_hold_nothing_up,
                          self.test_mails_of_any_size_arrive_whole):
                 shutil.rmtree(os.path.join(self.folder, "mails"))

@@ -1076,7 +1076,10 @@ class Session:
         self.mail = None
         started = time.monotonic()
         reply = problem or self._deliver(mail)
-        self._log_mail(mail, reply, time.monotonic() - started)
+        seconds = time.monotonic() - started
+        self._log_mail(mail, reply, seconds)
+        if seconds > 0.05 and self._wire.has_left():    # which a client hardly does sooner
+            self._info("the client left before the reply")
         return reply
 
     def do_BDAT(self, argument: str) -> Optional[Reply]:
@@ -1286,8 +1289,6 @@ class Session:
         except BaseException:
             self._error("deliver raised", exc_info=True)
             reply = Reply(451, "4.3.0", "Internal error")
-        if self._wire.has_left():
-            self._info("the client left before the reply")
         return reply
 
     def _log_mail(self, mail: Mail, reply: Reply, seconds: float) -> None:
@@ -1540,7 +1541,6 @@ class _Run:
             os.close(stdin)
         assert self._process.stderr is not None
         self._stderr: Optional[int] = self._process.stderr.fileno()
-        os.set_blocking(self._stderr, False)
         try:
             self._pidfd: Optional[int] = os.pidfd_open(self._process.pid)
         except (AttributeError, OSError):   # Linux with Python 3.9, and where it is not forbidden
@@ -1638,23 +1638,18 @@ class _Run:
             self._feed = None
 
     def _read_errors(self) -> None:
-        """Read what the command has written to standard error, and keep the head of it."""
+        """Read what is there of the command's standard error, and keep the head of it."""
         assert self._stderr is not None
-        try:
-            data = os.read(self._stderr, CHUNK)
-        except BlockingIOError:
-            return
+        data = os.read(self._stderr, CHUNK)
         self.errors += data[:MAX_ERROR_OUTPUT - len(self.errors)]
         if not data:
             self._stderr = None
 
     def _close(self) -> None:
         """Read the rest of the head, where anybody wants to know; give back all descriptors."""
-        while self.status != 0 and self._stderr is not None:
-            before = len(self.errors)
+        while (self.status != 0 and self._stderr is not None
+               and len(self.errors) < MAX_ERROR_OUTPUT and _poll((self._stderr,), (), 0)):
             self._read_errors()
-            if len(self.errors) == before:
-                break
         self._stop_feeding()
         assert self._process.stderr is not None
         self._process.stderr.close()
@@ -1669,11 +1664,10 @@ def _open_input(mail: Mail) -> Tuple[int, Optional[int], memoryview]:
         return os.dup(file.fileno()), None, memoryview(b"")
     rest = memoryview(file.read())
     reader, writer = os.pipe()
-    try:
+    if len(rest) > 4096:        # the least that a pipe takes at once, wherever there are pipes
         os.set_blocking(writer, False)
+    with contextlib.suppress(BlockingIOError):
         rest = rest[os.write(writer, rest):]    # all of it, mostly: no one need pump
-    except BlockingIOError:
-        pass
     if rest:
         return reader, writer, rest
     os.close(writer)

@@ -738,7 +738,7 @@ class Wire:
                 raise Stopping
             else:
                 limit = min(limit, slots.drain_until)
-            if now >= limit or (slots.full and now >= since + FULL_TIMEOUT):
+            if now >= limit or wakers and slots.full and now >= since + FULL_TIMEOUT:
                 raise Silent
             # Nobody tells a session that the slots have been filled: it looks, once a second.
             look = max(since + FULL_TIMEOUT, now + 1.0)
@@ -2500,8 +2500,8 @@ def _run_daemon(options: argparse.Namespace, log: Log) -> int:
             ", ".join(options.interface or ["127.0.0.1"]), options.port,
             error.strerror if isinstance(error, OSError) and error.strerror else error,
             hint)) from None
-    if stop.asked:              # before there was anything to stop
-        server.drain(0, 0)
+    if stop.asked:              # maybe before there was anything to stop
+        stop.drain()
     _Reload(server, log, options)
     places = " and ".join(map(str, server.addresses)) or "inherited sockets"
     log.info("listening on %s, piping mails to: %s", places, options.command)
@@ -2534,6 +2534,10 @@ class _Stop:
             self._command.abandon()
             os._exit(1)
         self.asked = True
+        self.drain()
+
+    def drain(self) -> None:
+        """Begin to stop the server, if it has been started."""
         self._server.drain(GRACE, self._patience)
 
 

@@ -26,6 +26,7 @@ import logging
 import os
 import pty
 import pwd
+import random
 import re
 import select
 import shlex
@@ -4210,6 +4211,368 @@ class People(ProgramCase):
                 self.assertEqual(done.returncode, 3)
                 self.assertRegex(done.stderr.decode(), r"\Amsmtpd: .*%s.* --%s\b.*\n\Z"
                                  % (re.escape(typed.split()[-1]), meant))
+
+
+TRANSACTION = ("EHLO client.example\r\nMAIL FROM:<a@example.org>\r\nRCPT TO:<b@example.org>\r\n"
+               "DATA\r\nSubject: cut\r\n\r\n..one\r\n.\r\n")
+CUT_DATA = b"Subject: cut\n\n.one\n"
+
+
+class CutAnywhere(ServerCase):
+    """A client that leaves delivers nothing before the end of data and once after it."""
+
+    def cut(self, leave, step_by_step):
+        """Leave after each byte of a transaction; return the numbers of mails, one for each."""
+        server = self.serve()
+        lines = re.findall(r".*\n", TRANSACTION)
+        data_line = lines.index("DATA\r\n")
+        counts = []
+        for length in range(len(TRANSACTION) + 1):
+            before = len(self.mails)
+            client = Client(server)
+            client.reply()
+            rest = TRANSACTION[:length]
+            for number, line in enumerate(lines):
+                if rest:
+                    client.send(rest[:len(line)])
+                if step_by_step and len(rest) >= len(line) and number <= data_line:
+                    client.reply()
+                rest = rest[len(line):]
+            if length == len(TRANSACTION):
+                # Its bytes have arrived once the mail has; an earlier RST might overtake them.
+                wait_for(lambda: self.mails, "the mail")
+            leave(client)
+            counts.append(before)
+        server.stop()           # waits for every session
+        counts.append(len(self.mails))
+        return [after - before for before, after in zip(counts, counts[1:])]
+
+    def test_leaving_after_each_byte(self):
+        expected = [0] * len(TRANSACTION) + [1]
+        for leave in (Client.close, Client.reset):
+            for step_by_step in (True, False):
+                with self.subTest(leave=leave.__name__, step_by_step=step_by_step):
+                    self.assertEqual(self.cut(leave, step_by_step), expected)
+                    self.assertEqual([mail.data for mail in self.mails], [CUT_DATA])
+
+    def test_leaving_right_behind_the_end_of_data(self):
+        server = self.serve()
+        head, tail = TRANSACTION.split("DATA\r\n")
+        for leave, in_one_piece in itertools.product((Client.close, Client.reset), (False, True)):
+            with self.subTest(leave=leave.__name__, in_one_piece=in_one_piece):
+                client = Client(server)
+                client.reply()
+                if not in_one_piece:
+                    client.do(*head.splitlines(), "DATA")
+                client.send(TRANSACTION if in_one_piece else tail)
+                leave(client)
+                wait_for(lambda: self.mails, "the mail")
+                self.assertEqual([mail.data for mail in self.mails], [CUT_DATA])
+                self.mails.clear()
+
+    def test_half_closed_connections_get_their_replies(self):
+        server = self.serve()
+        with Client(server) as client:
+            client.send(TRANSACTION)
+            client.socket.shutdown(socket.SHUT_WR)
+            self.assertTrue(client.rest().endswith("\r\n250 2.0.0 Delivered\r\n"))
+        self.assertEqual(len(self.mails), 1)
+
+    def test_pieces_do_not_change_the_outcome(self):
+        whole = TRANSACTION.encode() + TRANSACTION.encode() + b"QUIT\r\n"
+        rng = random.Random(5321)
+        cuts = [[], range(1, len(whole)), [m.end() for m in re.finditer(rb"\n", whole)][:-1]]
+        cuts += [sorted(rng.sample(range(1, len(whole)), 20)) for _ in range(20)]
+        outcomes = set()
+        for cut in cuts:
+            server = self.serve()
+            with Client(server) as client:
+                for start, end in zip([0, *cut], [*cut, len(whole)]):
+                    client.send(whole[start:end])
+                outcomes.add((client.rest(), repr([vars_of(mail) for mail in self.mails])))
+            server.stop()
+        self.assertEqual(len(outcomes), 1)
+        self.assertEqual(self.mails[1].data, CUT_DATA)
+
+
+SECOND = b"MAIL FROM:<evil@example.org>\r\nRCPT TO:<b@example.org>\r\nDATA\r\nsmuggled\r\n"
+
+# What other servers have taken for the end of data, and what it is: lines of the mail.
+NO_ENDS = [
+    (b"\n.\n", b"\n\n"), (b"\r\n.\n", b"\n\n"), (b"\n.\r\n", b"\n\n"),
+    (b"\r.\r", b" . "), (b"\r\n.\r", b"\n "), (b"\r.\r\n", b" .\n"), (b"\r.\n", b" .\n"),
+    (b"\n.\r", b"\n "), (b"\r\n\0.\r\n", b"\n\0.\n"), (b"\r\n.\0\r\n", b"\n\0\n"),
+    (b"\r\n.\r\0\n", b"\n \0\n"), (b"\r\0\n.\r\n", b" \0\n\n"), (b"\r\n. \r\n", b"\n \n"),
+    (b"\r\n .\r\n", b"\n .\n"), (b"\r\n.\r\r\n", b"\n \n"), (b"\r\r\n.\n", b" \n\n"),
+    (b"\r\n..\r\n", b"\n.\n"), (b"\n\n.\n\n", b"\n\n\n\n"), (b"\r\n.\t\r\n", b"\n\t\n"),
+    (b"\r\n\xe2\x80\x8b.\r\n", b"\n\xe2\x80\x8b.\n"), (b"\x85.\x85", b"\x85.\x85"),
+]
+
+
+class Smuggling(ServerCase):
+    """A line that only looks like the end of data is text, and so is the mail behind it."""
+
+    def opened(self, server):
+        client = self.client(server)
+        client.open("MAIL FROM:<a@example.org>", "RCPT TO:<b@example.org>", "DATA")
+        return client
+
+    def test_only_one_end_of_data(self):
+        server = self.serve()
+        for variant, text in NO_ENDS:
+            with self.subTest(variant=variant):
+                with self.opened(server) as client:
+                    client.send(b"one" + variant + SECOND + b".\r\nQUIT\r\n")
+                    self.assertRegex(client.rest(), r"\A250 2\.0\.0 .*\r\n221 .*\r\n\Z")
+                self.assertEqual([mail.data for mail in self.mails],
+                                 [b"one" + text + SECOND.replace(b"\r\n", b"\n")])
+                self.mails.clear()
+
+    def test_borders_of_buffers(self):
+        server = self.serve()
+        with self.opened(server) as client:
+            for size, shift in itertools.product((1023, 1024, 4096, 65536), range(-5, 3)):
+                for variant, text in NO_ENDS[:8]:
+                    body = b"x" * (size + shift) + variant
+                    with self.subTest(size=size, shift=shift, variant=variant):
+                        client.send(body + SECOND)
+                        client.send(b".\r\n")
+                        self.assertEqual(client.reply(), ["250 2.0.0 Delivered"])
+                        data = self.mails.pop().data
+                        self.assertTrue(data.startswith(b"x" * (size + shift) + text + b"MAIL"))
+                        self.assertEqual(self.mails, [])
+                        client.do("MAIL FROM:<a@example.org>", "RCPT TO:<b@example.org>", "DATA")
+
+    def test_end_of_data_in_pieces(self):
+        server = self.serve()
+        with self.opened(server) as client:
+            for chunk, size in itertools.product(range(1, 9), range(9)):
+                self.patch(CHUNK=chunk)     # what the server reads at a time
+                with self.subTest(chunk=chunk, size=size):
+                    client.send(b"x" * size + b"\r\n.\r\nNOOP\r\n")
+                    self.assertEqual(client.reply() + client.reply(),
+                                     ["250 2.0.0 Delivered", "250 2.0.0 Here"])
+                    self.assertEqual(self.mails.pop().data, b"x" * size + b"\n")
+                    client.do("MAIL FROM:<a@example.org>", "RCPT TO:<b@example.org>", "DATA")
+
+    def test_one_line_end_with_cr_is_enough_to_be_strict(self):
+        lines = ["EHLO a", "MAIL FROM:<a@example.org>", "RCPT TO:<b@example.org>", "DATA"]
+        for strict in range(len(lines)):
+            with self.subTest(line=lines[strict]), Client(self.serve()) as client:
+                client.send("".join(line + ("\r\n" if number == strict else "\n")
+                                    for number, line in enumerate(lines)))
+                client.send("one\n.\nNOOP\n")
+                client.socket.shutdown(socket.SHUT_WR)
+                self.assertNotIn("Delivered", client.rest())
+                self.assertEqual(self.mails, [])
+
+
+# Local parts that mean something to a shell. Some are addresses only between quotes.
+HOSTILE = ["`touch${IFS}HIT`", "a|touch${IFS}HIT", "a&touch${IFS}HIT&",
+           "a'b", "a*", "~root", "{touch}", "#a", "!a", "$HOME", "a&&b", "a^b", "?",
+           '"$(touch HIT)"', '"$(touch${IFS}HIT)"',
+           '"`touch HIT`"', '";touch HIT;"', '"|touch HIT"', '">HIT"', '"<HIT"',
+           '"\\"; touch HIT; \\""', '"a\' ; touch HIT; \'b"', '"-f"', '"a b"', '"%F"']
+HYPHENS = ["-f", "--help", "-oQHIT", "-"]
+PLAIN = ["o'brien", "r&d"]
+
+
+NOTE = """\
+#!/bin/sh
+# Notes its arguments, one a line and an empty line behind them, faster than the script for mails.
+{ printf '%s\\n' "$@"; echo; } >> "${0%/*}/noted"
+"""
+
+
+class Injection(ProgramCase):
+    """Whatever the command line looks like, an address is never code and never an option."""
+
+    def commands(self):
+        """The command lines, and whether what means something to a shell gets through."""
+        fake = self.script("ssh", '#!/bin/sh\nshift\nexec sh -c "$*"\n')    # as the real one
+        keep = self.script("keep", NOTE)
+        return [
+            ("%s -f %%F --" % keep, True), ("%s --from=%%F --" % keep, True),
+            ("%s -f%%F --" % keep, True), ("%s --" % keep, True),
+            ("%s -f '%%F' --" % keep, True), ('%s -f "%%F" --' % keep, True),
+            ("%s -f '<%%F>' --" % keep, False), ('%s -f "x%%F" --' % keep, False),
+            ("X=1 %s -f %%F --" % keep, False), ("X=1 %s -f '%%F' --" % keep, False),
+            ('X=1 %s -f "%%F" --' % keep, False), ("X=`echo %%F` %s --" % keep, False),
+            ("sh -c '%s -f %%F -- \"$@\"' sh" % keep, False),
+            ("sh -c '%s -f \"$0\" -- \"$@\"' %%F" % keep, False),
+            ("env sh %s -f %%F --" % keep, False),
+            ("%s host %s -f %%F --" % (fake, keep), False),
+            ("env A=b %s -f %%F --" % keep, True),
+        ]
+
+    def hold(self, client, lets_by):
+        """Offer all addresses; return those that were let by, as the command must have got them."""
+        passed = []
+        for local in HOSTILE + PLAIN:
+            path = local + "@example.org"
+            reply = client.do("MAIL FROM:<%s>" % path)
+            if lets_by:
+                passed.append(path)
+                self.assertEqual(reply[:3], "250", path)
+                self.assertEqual(client.do("RCPT TO:<%s>" % path)[:3], "250", path)
+                self.assertEqual(client.do("DATA", "x\r\n.")[:3], "250", path)
+            else:
+                self.assertRegex(reply, r"\A553 5\.1\.7 ", path)
+                reply = client.do("MAIL FROM:<a@example.org>", "RCPT TO:<%s>" % path)
+                self.assertRegex(reply, r"\A553 5\.1\.3 ", path)
+                client.do("RSET")
+        for local in HYPHENS:       # an option of no command
+            self.assertRegex(client.do("MAIL FROM:<%s@x.org>" % local), r"\A501 5\.1\.7 ")
+            reply = client.do("MAIL FROM:<a@example.org>", "RCPT TO:<%s>" % local)
+            self.assertRegex(reply, r"\A501 5\.1\.3 ")
+            client.do("RSET")
+        # What is inert passes everywhere.
+        self.assertEqual(client.do("MAIL FROM:<a+b=%F%F@x.org>", "RCPT TO:<root>",
+                                   "RCPT TO:<%F@x.org>", "DATA", "x\r\n.")[:3], "250")
+        return passed
+
+    def test_nothing_is_executed(self):
+        noted = os.path.join(self.folder, "noted")
+        for command, lets_by in self.commands():
+            with self.subTest(command=command):
+                with self.server(command) as server, Client(server) as client:
+                    client.open()
+                    passed = self.hold(client, lets_by)
+                with open(noted, encoding="utf-8") as file:
+                    mails = [text.split("\n") for text in file.read()[:-2].split("\n\n")]
+                os.unlink(noted)
+                self.assertEqual([words[-1] for words in mails], [*passed, "%F@x.org"])
+                self.assertEqual(mails[-1][-2:], ["root", "%F@x.org"])
+                for path, words in zip(passed, mails):
+                    self.assertIn(words[:-1], (["-f", path, "--"], ["-f" + path, "--"],
+                                               ["--from=" + path, "--"], ["--"]))
+                self.assertEqual([name for _, folders, files in os.walk(self.folder)
+                                  for name in folders + files if "HIT" in name], [])
+                self.assertFalse(os.path.exists("HIT"))
+
+    def server(self, command):
+        """A server in this process, which costs less than a program, on the command."""
+        return msmtpd.Server(msmtpd.Command(command))
+
+    def test_addresses_are_utf_8_in_every_locale(self):
+        # In Big5 the second byte of this letter is |, which a shell would see.
+        for command in ("X=1 %s -f %%F --", "%s -f %%F --"):
+            deliver = msmtpd.Command(command % self.capture)
+            mail = msmtpd.Mail("\u56dbx", ["\u56dbx"], b"x\n", smtputf8=True)
+            with mock.patch("os.fsencode", lambda text: (
+                    text if isinstance(text, bytes) else text.encode("big5"))):
+                deliver(mail)
+            with self.subTest(command=command):
+                self.assertEqual(self.delivered()[-1][0], ["-f", "\u56dbx", "--", "\u56dbx"])
+
+
+MAIL_IN_HTTP = ("EHLO a\r\nMAIL FROM:<a@example.org>\r\nRCPT TO:<b@example.org>\r\nDATA\r\n"
+                "from a web page\r\n.\r\nQUIT\r\n")
+REQUEST = "%s / HTTP/1.1\r\nHost: localhost:25\r\nContent-Type: text/plain\r\n\r\n" + MAIL_IN_HTTP
+
+FOREIGN = [     # what comes, what is answered, what the log says
+    (REQUEST % "POST", "421 4.7.0 ", "spoke HTTP"), (REQUEST % "post", "421 4.7.0 ", "spoke HTTP"),
+    (REQUEST % "CONNECT", "421 4.7.0 ", "spoke HTTP"),
+    (REQUEST % "X-NEW", "421 4.7.0 ", "spoke HTTP"),
+    ("NOOP\r\n" + REQUEST % "PUT", "421 4.7.0 ", "spoke HTTP"),
+    ("Host: localhost\r\n" + MAIL_IN_HTTP, "421 4.7.0 ", "spoke HTTP"),
+    ("GET /" + "x" * 20000 + " HTTP/1.1\r\n" + MAIL_IN_HTTP, "421 4.7.0 ", "spoke HTTP"),
+    ("POST /" + "x" * 70000 + " HTTP/1.1\r\n" + MAIL_IN_HTTP, "421 4.7.0 ", "spoke HTTP"),
+    (b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03\r\n" + MAIL_IN_HTTP.encode(), "", "TLS"),
+    (bytes(range(128, 256)) * 600, "421 4.5.2 ", "endless line"),
+    (b"\0" * 66000, "421 4.5.2 ", "endless line"),
+    (b"\x80\r\n\xff\n" * 6 + MAIL_IN_HTTP.encode(), "421 4.7.0 ", "closed: "),
+]
+
+
+class CrossProtocol(ServerCase):
+    """Who speaks something else delivers nothing, and can read why."""
+
+    def test_foreign_protocols(self):
+        for (data, answer, logged), pieces in itertools.product(FOREIGN, (1, 7, 100)):
+            data = data.encode() if isinstance(data, str) else data
+            with self.subTest(data=data[:40], pieces=pieces), self.assertLogs("msmtpd") as log:
+                server = self.serve()
+                with Client(server) as client:
+                    self.assertEqual(client.line()[:4], "220 ")
+                    size = -(-len(data) // pieces)
+                    for start in range(0, len(data), size):
+                        try:
+                            client.send(data[start:start + size])
+                        except ConnectionError:     # it closes while more comes
+                            break
+                    # Nothing may be said to who speaks TLS, so that one may see a reset.
+                    said = client.rest() or ""
+                self.assertEqual("\n".join(said.splitlines()[-1:])[:10], answer)
+                self.assertNotIn("\n354", "\n" + said)
+                server.stop()
+                self.assertEqual(self.mails, [])
+                self.assertIn(logged, "\n".join(log.output))
+
+    def test_replies_are_sent_once(self):
+        """Ten errors in one piece: ten replies, on descriptors as on a socket."""
+        errors = b"nonsense\r\n" * 12
+        expected = ["220"] + ["500"] * 9 + ["421"]
+        with Client(self.serve()) as client:
+            client.send(errors)
+            self.assertEqual([line[:3] for line in client.rest().splitlines()], expected)
+        done = subprocess.run([sys.executable, msmtpd.__file__, "--inetd", "--command=true"],
+                              input=errors, stdout=subprocess.PIPE, timeout=20, check=False)
+        self.assertEqual([line[:3].decode() for line in done.stdout.splitlines()], expected)
+
+
+class Secrets(ProgramCase):
+    """The password is nowhere but in the memory of the program."""
+
+    SECRET = "pa55-in-no-log"
+
+    def spellings(self):
+        """The password as it may show, the base64 of it in each of its three phases."""
+        yield self.SECRET
+        for padding in range(3):
+            coded = base64.b64encode(b"x" * padding + self.SECRET.encode()).decode()
+            yield coded[4 if padding else 0:-4]
+
+    def test_password_is_in_no_log_environment_or_argument(self):
+        spy = self.script("spy", "#!/bin/sh\n{ env; tr '\\0' '\\n' </proc/$$/cmdline; "
+                                 "tr '\\0' '\\n' </proc/$PPID/cmdline; "
+                                 "tr '\\0' '\\n' </proc/$PPID/environ; } >>%s 2>&1\n"
+                                 "echo failing >&2; exit 1\n" % os.path.join(self.folder, "seen"))
+        source = os.path.join(self.folder, "password")
+        with open(source, "w", encoding="ascii") as file:
+            file.write(self.SECRET + "\n")
+        process = self.start("--debug", "--auth=user,cat " + source, "--command=%s --" % spy)
+        plain = base64.b64encode(("\0user\0" + self.SECRET).encode()).decode()
+        user, word = (base64.b64encode(text.encode()).decode() for text in ("user", self.SECRET))
+        for lines in (["AUTH PLAIN " + plain], ["AUTH PLAIN", plain], ["auth  plain  " + plain],
+                      ["AUTH LOGIN", user, word], ["AUTH LOGIN " + user, word],
+                      ["AUTH PLAIN " + plain[:-3] + "*"], ["AUTH LOGIN", user, "*", word],
+                      ["AUTH " + plain, plain, word, self.SECRET],
+                      ["HELO a", "AUTH PLAIN " + plain],
+                      ["AUTH PLAIN " + plain, "MAIL FROM:<a@b>", "RCPT TO:<c@d>", "DATA",
+                       "x\r\n."]):
+            with Client(process) as client:
+                client.open(*lines)
+        self.assertEqual(self.stop(process)[0], 0)
+        seen = self.logged()
+        self.assertIn("authenticated as user", seen)
+        self.assertIn("(hidden)", seen)
+        with open(os.path.join(self.folder, "seen"), encoding="utf-8", errors="replace") as file:
+            seen += file.read()
+        self.assertIn("--debug", seen)
+        for spelling in self.spellings():
+            self.assertNotIn(spelling, seen)
+
+    def test_password_is_in_no_traceback(self):
+        def authenticate(user, password):
+            raise ValueError("cannot look up %s" % password)
+        with self.assertLogs("msmtpd", "DEBUG") as log, \
+                msmtpd.Server(print, authenticate=authenticate) as server, \
+                mock.patch.object(msmtpd, "AUTH_DELAY", 0.0), Client(server) as client:
+            plain = base64.b64encode(("\0user\0" + self.SECRET).encode()).decode()
+            self.assertEqual(client.open("AUTH PLAIN " + plain)[:9], "454 4.7.0")
+        for spelling in self.spellings():
+            self.assertNotIn(spelling, "\n".join(log.output))
 
 
 if __name__ == "__main__":

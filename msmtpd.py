@@ -131,7 +131,7 @@ class Reply:
             for number, line in enumerate(self.lines))
 
     def __repr__(self) -> str:
-        return "Reply(%d, %r, %s)" % (self.code, self.enhanced, ", ".join(map(repr, self.lines)))
+        return "%d %s %s" % (self.code, self.enhanced, " ".join(self.lines))
 
 
 class Refused(Exception):
@@ -326,12 +326,17 @@ class ErrorsOnly:
 
     def error(self, message: str, *values: object, exc_info: bool = False) -> None:
         """Write it, and never fail."""
-        text = "msmtpd: " + message % values
+        text = message % values
         if exc_info:
             import traceback
             text += "\n" + traceback.format_exc().rstrip()
-        with contextlib.suppress(OSError):
-            os.write(2, (text + "\n").encode("utf-8", "backslashreplace"))
+        _tell(text)
+
+
+def _tell(text: str) -> None:
+    """Write a line to standard error."""
+    with contextlib.suppress(OSError):
+        os.write(2, ("msmtpd: %s\n" % text).encode("utf-8", "backslashreplace"))
 
 
 def _plain(text: str) -> str:
@@ -911,6 +916,7 @@ class Session:
 
     def _answer(self) -> Optional[Reply]:
         """Read one command and return what it is answered, None for nothing more."""
+        verb = argument = ""
         try:
             verb, argument = self._read_command()
             method = self.VERBS.get(verb)
@@ -919,6 +925,8 @@ class Session:
             reply: Optional[Reply] = getattr(self, method)(argument)
             return reply
         except Refused as refusal:
+            if verb in ("MAIL", "RCPT"):
+                self._info("refused %s %s: %r", verb, _shown(argument), refusal.reply)
             self._errors += refusal.is_error
             if self._errors >= MAX_ERRORS:
                 raise Disconnect(Reply(421, "4.7.0", "Too many errors"), "errors") from None
@@ -1074,6 +1082,8 @@ class Session:
         self._write(Reply(354, "", "Send the mail, then a line with only a dot"))
         problem = self._receive(mail)
         self.mail = None
+        if problem:
+            self._info("refused the mail data: %r", problem)
         started = time.monotonic()
         reply = problem or self._deliver(mail)
         seconds = time.monotonic() - started
@@ -1280,7 +1290,9 @@ class Session:
         """Call `deliver`; return what its end means to the client."""
         self._wire.flush()
         try:
-            self._settings.deliver(mail)
+            result = self._settings.deliver(mail)
+            if hasattr(result, "__await__"):        # nobody would await it, and the mail be lost
+                raise TypeError("deliver is an async function; it has to be a plain one")
             reply = Reply(250, "2.0.0", "Delivered")
         except _Failure as failure:
             for line in failure.details:
@@ -1754,7 +1766,7 @@ class Server:
     client may be silent. log: a logging.Logger, that named "msmtpd" if None.
 
     Once started, `host` and `port` are those of the first socket, `addresses` those of all.
-    Raises ValueError for arguments that make no sense.
+    Raises TypeError and ValueError for arguments that make no sense.
     """
 
     def __init__(self, deliver: Deliver, host: Union[str, Sequence[str]] = "127.0.0.1",
@@ -1765,9 +1777,11 @@ class Server:
                  max_sessions: int = MAX_SESSIONS, timeout: float = TIMEOUT,
                  sockets: Sequence[socket.socket] = (), log: Optional[Log] = None) -> None:
         self._hosts = [host] if isinstance(host, str) else list(dict.fromkeys(host))
-        if not (callable(deliver) and self._hosts and 0 <= port <= 65535 and max_size >= 0
-                and max_sessions > 0 and timeout > 0):
-            raise ValueError("deliver is not callable, or a number is out of its range")
+        if not callable(deliver):
+            raise TypeError("deliver has to be a function of one mail, not %r" % (deliver,))
+        if not (self._hosts and 0 <= port <= 65535 and max_size >= 0 and max_sessions > 0
+                and timeout > 0):
+            raise ValueError("port, max_size, max_sessions or timeout is out of its range")
         self.host, self.port = self._hosts[0], port
         self.addresses: List[Peer] = []
         self._port, self._sockets = port, sockets
@@ -2074,7 +2088,7 @@ def _listen(hosts: Sequence[str], port: int) -> List[socket.socket]:
                 info = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM,
                                           flags=socket.AI_NUMERICHOST | socket.AI_PASSIVE)[0]
             except socket.gaierror:
-                raise OSError("%s is no IP address, as 127.0.0.1 is" % host) from None
+                raise OSError("%r is not an IP address, such as 127.0.0.1" % host) from None
             listener = opened.enter_context(socket.socket(info[0], socket.SOCK_STREAM))
             if os.name == "posix":
                 listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -2110,8 +2124,8 @@ msmtpd hands each mail that it gets by SMTP to a command. The first %F in the
 command becomes the sender; the recipients are appended as arguments."""
 
 HELP_END = """\
-Exit status: 0 stopped as asked; 1 stopped at once, or the one session under
-inetd went wrong; 3 could not start. The manual is msmtpd(1)."""
+Exit status: 0 stopped as asked; 1 stopped by a second signal, or the one
+session under inetd went wrong; 3 could not start. The manual is msmtpd.1."""
 
 
 class StartError(Exception):
@@ -2120,6 +2134,8 @@ class StartError(Exception):
 
 def main(argv: Optional[Sequence[str]] = None) -> int:
     """Run the program with these arguments, sys.argv's if None; return its exit status."""
+    if sys.version_info < (3, 8):
+        sys.exit("msmtpd: needs Python 3.8 or newer")
     arguments = sys.argv[1:] if argv is None else list(argv)
     inetd = any(len(word) > 4 and "--inetd".startswith(word) for word in arguments)
     _settle(inetd)
@@ -2135,7 +2151,7 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
     except (StartError, KeyboardInterrupt, EOFError) as error:
         log.error("%s", str(error) or "interrupted before the start")
         if inetd:
-            os.write(1, b"421 4.3.0 Cannot start; the log says why\r\n")
+            os.write(1, b"421 4.3.0 Cannot start; the log, if there is one, says why\r\n")
         elif not isinstance(log, ErrorsOnly):
             ErrorsOnly().error("%s", str(error) or "interrupted before the start")
         return 3
@@ -2169,7 +2185,10 @@ def _parse_options(arguments: List[str]) -> argparse.Namespace:
         """One whose refusal is one line."""
 
         def error(self, message: str) -> NoReturn:
-            raise StartError(message + "; see msmtpd --help")
+            for word, better in (("expected one argument", "needs a value"),
+                                 ("ignored explicit argument", "takes no value, not")):
+                message = message.replace(word, better)
+            raise StartError(message + "; see --help")
 
     parser = Parser("msmtpd", description=HELP, epilog=HELP_END, add_help=False,
                     usage="msmtpd [option...]", formatter_class=lambda prog: (
@@ -2186,8 +2205,8 @@ def _parse_options(arguments: List[str]) -> argparse.Namespace:
         help="begin mails with a Received line (on)")
     add = parser.add_argument_group("log").add_argument
     add("--log", metavar="none|syslog|FILE", default="none", type=_text,
-        help="where to (none), - for standard error")
-    add("--debug", action="store_true", help="log the dialogues, too")
+        help="log to this (none), - is standard error")
+    add("--debug", action="store_true", help="log the dialogues, without secrets")
     add = parser.add_argument_group("security").add_argument
     add("--auth", metavar="USER[,PASSWORDEVAL]", type=_auth,
         help="let only this user send; the password is that command's output, or in "
@@ -2206,12 +2225,15 @@ def _parse_options(arguments: List[str]) -> argparse.Namespace:
     add("--delivery-timeout", metavar="SECONDS", default=DELIVERY_TIMEOUT, type=_seconds,
         help="for a run of the command (540)")
     add = parser.add_argument_group("information").add_argument
-    add("--help", action="help", help="print this")
-    add("--version", action="version", version="msmtpd.py " + __version__, help="print that")
+    add("--help", action="help", help="print this summary")
+    add("--version", action="version", version="msmtpd.py " + __version__,
+        help="print the version")
     options, rest = parser.parse_known_args(arguments)
     if rest:
-        raise StartError("no such option or argument: %s%s; see msmtpd --help"
+        raise StartError("unknown option or argument %s; %ssee --help"
                          % (rest[0], _nearest(rest[0], parser.format_help())))
+    if not options.tls_cert_file and (options.tls_key_file or options.tls_starttls == "off"):
+        raise StartError("TLS needs --tls-cert-file, too")
     return options
 
 
@@ -2220,7 +2242,7 @@ def _nearest(word: str, text: str) -> str:
     import difflib
     name = word.partition("=")[0]
     near = difflib.get_close_matches(name, re.findall(r"--[a-z-]+", text), 1)
-    return ", is it %s" % near[0] if near else ""
+    return "did you mean %s? or " % near[0] if near else ""
 
 
 def _refuse_value(text: str) -> NoReturn:
@@ -2235,32 +2257,32 @@ def _text(value: str) -> str:
 def _auth(value: str) -> Tuple[str, str]:
     user, comma, command = value.partition(",")
     if not user or comma and not command:
-        _refuse_value("needs a user, and a command behind the comma")
+        _refuse_value("write USER, or USER,COMMAND")
     return user, command
 
 
 def _port(value: str) -> int:
     if not (value.isdecimal() and int(value) <= 65535):
-        _refuse_value("%r is no port; these go from 0 to 65535" % value)
+        _refuse_value("%r is not a port number, 0 to 65535" % value)
     return int(value)
 
 
 def _count(value: str) -> int:
     if not (value.isdecimal() and int(value) > 0):
-        _refuse_value("%r is no number from 1" % value)
+        _refuse_value("%r is not a number of 1 or more" % value)
     return int(value)
 
 
 def _seconds(value: str) -> float:
     if not re.fullmatch(r"[0-9]+(\.[0-9]+)?", value) or not 0 < float(value) < 1e9:
-        _refuse_value("%r is no number of seconds above 0" % value)
+        _refuse_value("%r is not a positive number of seconds" % value)
     return float(value)
 
 
 def _size(value: str) -> int:
     match = re.fullmatch(r"([0-9]{1,15})([KMG]?)", value.upper())
     if not match:
-        _refuse_value("%r is no size, such as 500K, 64M or 0" % value)
+        _refuse_value("%r is not a size, such as 500K, 64M or 0" % value)
     factor: int = 1024 ** " KMG".index(match.group(2) or " ")
     return int(match.group(1)) * factor
 
@@ -2442,7 +2464,7 @@ def _tls_context(certificate: str, key: Optional[str]) -> ssl.SSLContext:
     try:
         context.load_cert_chain(certificate, key, refuse)
     except OSError as error:            # ssl.SSLError is one
-        raise StartError("no certificate with its key in %s: %s"
+        raise StartError("cannot load a certificate with its key from %s: %s"
                          % (" and ".join(names), error)) from None
     return context
 
@@ -2454,8 +2476,6 @@ def _make_server(options: argparse.Namespace, log: Log,
         command = Command(options.command, timeout=options.delivery_timeout, stdout=stdout)
     except ValueError as error:
         raise StartError("bad --command: %s" % error) from None
-    if options.tls_key_file and not options.tls_cert_file:
-        raise StartError("--tls-key-file needs --tls-cert-file")
     authenticate = tls = None
     if options.tls_cert_file:
         tls = _tls_context(options.tls_cert_file, options.tls_key_file)
@@ -2493,9 +2513,11 @@ def _run_daemon(options: argparse.Namespace, log: Log) -> int:
     try:
         server.start()
     except (OSError, RuntimeError) as error:
-        hint = ""
-        if isinstance(error, PermissionError) and options.port < 1024:
-            hint = "; ports below 1024 are for root: try --port=2500"
+        import errno
+        hint = {errno.EADDRINUSE: "; end the program that has it, or try another --port",
+                errno.EADDRNOTAVAIL: "; this machine has no such address",
+                errno.EACCES: "; ports below 1024 are for root: try --port=2500",
+                }.get(getattr(error, "errno", None) or 0, "")
         raise StartError("cannot listen on %s port %d: %s%s" % (
             ", ".join(options.interface or ["127.0.0.1"]), options.port,
             error.strerror if isinstance(error, OSError) and error.strerror else error,
@@ -2503,30 +2525,47 @@ def _run_daemon(options: argparse.Namespace, log: Log) -> int:
     if stop.asked:              # maybe before there was anything to stop
         stop.drain()
     _Reload(server, log, options)
-    places = " and ".join(map(str, server.addresses)) or "inherited sockets"
+    places = " and ".join(map(str, server.addresses))
     log.info("listening on %s, piping mails to: %s", places, options.command)
-    if not options.auth and not all(peer.host is None or peer.host.startswith("127.")
-                                    or peer.host == "::1" for peer in server.addresses):
-        _warn(log, options, "anybody who reaches %s can send mail; think of --auth" % places)
-    if os.isatty(2) and options.log != "-":
-        os.write(2, ("msmtpd: listening on %s, piping mails to: %s (to try it: nc %s %s; to stop "
-                     "it: Ctrl-C)\n" % (places, options.command, server.host, server.port))
-                 .encode("utf-8", "backslashreplace"))
+    if any(peer.host and peer.host != "::1" and not peer.host.startswith("127.")
+           for peer in server.addresses):
+        if not options.auth:
+            _warn(log, options, "anybody who reaches %s can send mail; use --auth" % places)
+        elif not server.tls:
+            _warn(log, options, "passwords come to %s unencrypted; use --tls-cert-file" % places)
+    on_terminal = os.isatty(2) and not (options.log == "-"
+                                        or options.debug and options.log == "none")
+    if on_terminal:
+        client = "openssl s_client -connect %s:%s" if options.tls_starttls == "off" else "nc %s %s"
+        _tell("listening on %s, piping mails to: %s (to try it: %s; to stop it: Ctrl-C)" % (
+            places, options.command,
+            client % ({"0.0.0.0": "127.0.0.1", "::": "::1"}.get(server.host, server.host),
+                      server.port)))
     notify = os.environ.pop("NOTIFY_SOCKET", "")
+
+    def stopping() -> None:
+        _notify(notify, b"STOPPING=1")
+        if on_terminal:
+            _tell("stopping, when mails under way are delivered; Ctrl-C again: at once")
     _notify(notify, b"READY=1")
-    server.serve_forever(lambda: _notify(notify, b"STOPPING=1"))
+    server.serve_forever(stopping)
     log.info("stopped")
     return 0
 
 
 class _Stop:
-    """What SIGTERM and SIGINT do: the first stops the server in good order, the second at once."""
+    """What SIGTERM, SIGINT and the end of the terminal do: the first ends the server in good
+    order, the second at once.
+    """
 
     def __init__(self, server: Server, command: Command, patience: float) -> None:
         import signal
         self._server, self._command, self._patience = server, command, patience
         self.asked = False
-        for number in (signal.SIGTERM, signal.SIGINT):
+        numbers = [signal.SIGTERM, signal.SIGINT]
+        if os.isatty(2) and hasattr(signal, "SIGHUP"):      # the terminal is closed
+            numbers.append(signal.SIGHUP)
+        for number in numbers:
             signal.signal(number, self)
 
     def __call__(self, number: int, frame: object) -> None:
@@ -2548,8 +2587,7 @@ class _Reload:
         import signal
         self._server, self._log, self._options = server, log, options
         self._asked = self._busy = False
-        # Where the daemon has a terminal, SIGHUP says that it was closed.
-        if hasattr(signal, "SIGHUP") and not os.isatty(2):
+        if hasattr(signal, "SIGHUP") and not os.isatty(2):      # or else it ends the server
             signal.signal(signal.SIGHUP, self)
 
     def __call__(self, number: int, frame: object) -> None:

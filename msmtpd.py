@@ -5,7 +5,7 @@
 
 As a program it listens on a local port, or serves one client under inetd, and pipes every mail
 to a command such as ``msmtp -f %F --``: see ``msmtpd.py --help`` and msmtpd(1). As a module it
-is the SMTP server that Python's standard library has no more:
+is the SMTP server that Python's standard library no longer has:
 
     import smtplib, msmtpd
     mails = []
@@ -15,7 +15,7 @@ is the SMTP server that Python's standard library has no more:
 
 A client is told that its mail is accepted only once `deliver` has returned; what `deliver`
 raises, a TemporaryFailure or PermanentFailure, is what the client is told instead. To serve
-errors on purpose, define one verb's method in a subclass of Session (which see).
+errors on purpose, define one verb's method in a subclass of Session; see there.
 
 The protocol is RFC 5321 with PIPELINING (RFC 2920), SIZE (1870), 8BITMIME (6152), SMTPUTF8
 (6531), ENHANCEDSTATUSCODES (2034, 3463), STARTTLS (3207) and AUTH PLAIN and LOGIN (4954).
@@ -204,7 +204,7 @@ class PermanentFailure(_Failure):
 class Spool:
     """Mail data: up to `MAX_MEMORY` bytes in memory, more in an unlinked file of mode 0600.
 
-    has_descriptor: whether another process can read it, as more than a pipe takes needs to be.
+    has_descriptor: whether another process can read it as its standard input.
     """
 
     def __init__(self) -> None:
@@ -239,7 +239,8 @@ class Spool:
 
     def file(self) -> BinaryIO:
         """The data as a file, open for reading from its start."""
-        self._file.seek(0)
+        self._file.seek(0, os.SEEK_END)     # drops what is buffered, so that the next seek moves
+        self._file.seek(0)                  # the descriptor, too
         return self._file
 
     def close(self) -> None:
@@ -307,13 +308,13 @@ class Settings:
                  timeout: float = TIMEOUT) -> None:
         self.deliver = deliver
         # A command's rule for addresses must not be forgotten: it keeps them from the shell.
-        self.check: Optional[Check] = check or getattr(deliver, "check", None)
+        self.check = check or (deliver.check if isinstance(deliver, Command) else None)
         self.tls, self.starttls = tls, starttls
         self.received, self.max_size, self.timeout = received, max_size, timeout
 
 
 class ErrorsOnly:
-    """The log of who wants none: information is dropped, an error is a line on standard error."""
+    """The log for those who want none: an error is a line on standard error, the rest dropped."""
 
     def isEnabledFor(self, level: int) -> bool:
         """Whether records of that level are shown."""
@@ -413,7 +414,7 @@ def parse_parameters(text: str) -> Optional[Dict[str, str]]:
     """Read ``NAME=value NAME`` (RFC 5321 4.1.2) with names in upper case; None for bad syntax."""
     parameters: Dict[str, str] = {}
     for word in text.split():
-        match = re.fullmatch(r"([0-9A-Za-z][0-9A-Za-z-]*)(?:=([^\x00-\x20\x7f=]+))?", word)
+        match = re.fullmatch(r"([0-9A-Za-z][0-9A-Za-z-]*)(?:=([^\x00-\x20\x7f]*))?", word)
         if match is None or match.group(1).upper() in parameters:
             return None
         parameters[match.group(1).upper()] = match.group(2) or ""
@@ -531,7 +532,7 @@ class TLSHello(Exception):
 
 
 class LineTooLong(Exception):
-    """A line exceeds the limit; `start` is its begin, `endless` says whether there was no end."""
+    """A line exceeds the limit; `start` is its beginning, `endless` whether it had no end."""
 
     def __init__(self, start: bytes, endless: bool) -> None:
         super().__init__(start, endless)
@@ -640,15 +641,15 @@ class Wire:
                 raise LineTooLong(bytes(self._input[:limit]), endless=True)
             self._input += self._pull(deadline, idle=True)
 
-    def read_body(self, ends: Sequence[bytes]) -> Iterator[bytes]:
+    def read_body(self, before: bytes, ends: Sequence[bytes]) -> Iterator[bytes]:
         """Yield mail data as it was received, in pieces, up to the first of `ends`.
 
-        Each end begins with the end of the data's last line, which still is part of the data.
-        The line before the data, DATA's own, may serve for it.
+        Each end begins with the end of the data's last line, which still is part of the data,
+        or else is `before`, the end of the line before it.
         """
         start = time.monotonic()
         received = 0
-        data, done = b"\r\n" + bytes(self._input), 2    # data[:done] is no part of it, or yielded
+        data, done = before + bytes(self._input), len(before)   # data[:done] is not to be yielded
         self._input.clear()
         while True:
             found = min(((data.find(end), end) for end in ends if end in data), default=None)
@@ -847,7 +848,7 @@ class Session:
 
     number: of this session in its server, from 1. peer: the client's Peer. helo: the name it
     gave, "" before that. user: as whom it authenticated, or None. mail: the Mail in transaction,
-    None outside of MAIL to the end of DATA. Each session has a thread of its own.
+    None outside of MAIL to the end of DATA.
     """
 
     def __init__(self, wire: Wire, settings: Settings, authenticator: Optional[Authenticator],
@@ -859,9 +860,11 @@ class Session:
         self._wire, self._settings, self._authenticator = wire, settings, authenticator
         self._log, self._debugging = log, log.isEnabledFor(10)
         self._tls = False           # inside TLS
-        self._extended = False      # EHLO was said, not only HELO
+        self._protocol = ""         # by the last greeting, "" before that
+        self._extended = False      # EHLO was said, if not last
         self._room = 0              # bytes that further recipients of the transaction may have
         self._first_line = True     # none was read so far
+        self._line_end = b""        # of the last one
         self._bare_lf = True        # each of them ended in LF without CR
         self._errors = 0            # protocol errors
         self._failures = 0          # of AUTH
@@ -891,6 +894,8 @@ class Session:
         except BaseException:
             self._error("internal error", exc_info=True)
             reason, reply = "internal error", Reply(421, "4.3.0", "Internal error")
+        if reply:
+            self._show(reply)
         clean = not (self.mail or self._undelivered or reply and reply.code == 421)
         self._info("closed: %s", reason)
         self._wire.close(bytes(reply) if reply else b"", linger)
@@ -963,7 +968,8 @@ class Session:
             if error.endless:
                 raise Disconnect(Reply(421, "4.5.2", "Endless line"), "endless line") from None
             raise Refused(Reply(500, "5.5.2", "Line too long")) from None
-        self._bare_lf = self._bare_lf and not line.endswith(b"\r\n")
+        self._line_end = b"\r\n" if line.endswith(b"\r\n") else b"\n"
+        self._bare_lf = self._bare_lf and self._line_end == b"\n"
         self._refuse_http(line, first)
         return line
 
@@ -974,10 +980,13 @@ class Session:
             raise Disconnect(Reply(421, "4.7.0", "This is no web server"), "the client spoke HTTP")
 
     def _write(self, reply: Reply) -> None:
+        self._show(reply)
+        self._wire.write(bytes(reply))
+
+    def _show(self, reply: Reply) -> None:
         if self._debugging:
             for line in bytes(reply).decode().splitlines():
                 self._debug("S: %s", line)
-        self._wire.write(bytes(reply))
 
     def _info(self, message: str, *values: object) -> None:
         with contextlib.suppress(Exception):        # a log that fails changes no reply
@@ -1002,13 +1011,16 @@ class Session:
         if self._settings.tls and not self._tls:
             extensions.append("STARTTLS")
         self._extended = True
-        self.helo, self.mail = shown_name(argument), None
+        self._greet_back(argument, "ESMTP")
         return Reply(250, "", "localhost", *extensions)
 
     def do_HELO(self, argument: str) -> Optional[Reply]:
         """Greet the client: RFC 5321 4.1.1.1."""
-        self.helo, self.mail = shown_name(argument), None
+        self._greet_back(argument, "SMTP")
         return Reply(250, "", "localhost")
+
+    def _greet_back(self, name: str, protocol: str) -> None:
+        self.helo, self._protocol, self.mail = name, protocol, None
 
     def do_STARTTLS(self, argument: str) -> Optional[Reply]:
         """Go on within TLS, as if the session had just begun: RFC 3207."""
@@ -1041,7 +1053,7 @@ class Session:
 
     def do_MAIL(self, argument: str) -> Optional[Reply]:
         """Begin a transaction: RFC 5321 4.1.1.2."""
-        self._require(self.helo, "Say EHLO first")
+        self._require(self._protocol, "Say EHLO first")
         self._require(self.mail is None, "In a transaction already")
         if self._authenticator and self.user is None:
             raise Refused(Reply(530, "5.7.0", "Authentication required"))
@@ -1187,7 +1199,7 @@ class Session:
             raise Disconnect(None, "no TLS handshake in time") from None
         self._info("%s", version)
         self._wire, self._tls = wire, True
-        self.helo, self.mail, self._extended = "", None, False
+        self.helo, self._protocol, self.mail, self._extended = "", "", None, False
 
     # Authentication
 
@@ -1250,10 +1262,10 @@ class Session:
     def _receive(self, mail: Mail) -> Optional[Reply]:
         """Read the mail data to its end, whatever goes wrong; return the reply if anything did."""
         # People at a terminal and printf | nc end their lines so; another server never does.
-        ends = (b"\r\n.\r\n", b"\r\n.\n", b"\n.\n") if self._bare_lf else (b"\r\n.\r\n",)
+        ends = (b"\r\n.\r\n", b"\n.\n") if self._bare_lf else (b"\r\n.\r\n",)
         transparency, problem, received = Transparency(), None, 0
         head = self._trace() if self._settings.received else b""
-        for piece in self._wire.read_body(ends):
+        for piece in self._wire.read_body(self._line_end, ends):
             received += len(piece)
             if problem:
                 continue
@@ -1282,9 +1294,9 @@ class Session:
     def _trace(self) -> bytes:
         """The Received line, its protocol as RFC 3848 and RFC 6531 4.3 name it."""
         assert self.mail is not None
-        protocol = "UTF8SMTP" if self.mail.smtputf8 else "ESMTP" if self._extended else "SMTP"
+        protocol = "UTF8SMTP" if self.mail.smtputf8 else self._protocol
         protocol += ("S" if self._tls else "") + ("A" if self.user is not None else "")
-        return received_line(self.helo, self.peer, protocol, time.time())
+        return received_line(shown_name(self.helo), self.peer, protocol, time.time())
 
     def _deliver(self, mail: Mail) -> Reply:
         """Call `deliver`; return what its end means to the client."""
@@ -1308,9 +1320,10 @@ class Session:
         self._undelivered = self._undelivered or reply.code != 250
         status = {2: "sent", 4: "deferred"}.get(reply.code // 100, "failed")
         outcome = " " + mail.outcome if mail.outcome else ""
-        self._info("mail from=<%s> to=%s size=%d status=%s%s seconds=%.3f", _shown(mail.sender),
-                   ",".join("<%s>" % _shown(r) for r in mail.recipients), mail.size, status,
-                   outcome, seconds)
+        sender, *recipients = ("<%s>" % _shown(address).replace(">", "\\x3e")
+                               for address in (mail.sender, *mail.recipients))
+        self._info("mail from=%s to=%s size=%d status=%s%s seconds=%.3f", sender,
+                   ",".join(recipients), mail.size, status, outcome, seconds)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -1344,7 +1357,8 @@ class Authenticator:
 def one_user(user: str, password: str) -> Authenticate:
     """An `authenticate` that accepts one user, comparing in constant time."""
     import hmac
-    right_user, right_password = user.encode(), password.encode()
+    right_user, right_password = (text.encode("utf-8", "surrogateescape")
+                                  for text in (user, password))
 
     def authenticate(user: str, password: str) -> bool:
         same_user = hmac.compare_digest(user.encode(), right_user)
@@ -1371,9 +1385,10 @@ EXIT_REPLIES: Dict[int, Tuple[int, str]] = {    # any other status is 554 5.3.0;
 
 # Programs that hand their arguments to a shell, or read them as one would.
 SHELLS = frozenset("""
-    ash autossh bash busybox csh dash dbclient doas elvish eval expect fish flock ksh lksh make mksh
-    mosh nu oksh parallel pdksh plink posh pwsh rbash remsh rlogin rsh runuser screen script sg sh
-    slogin ssh su sudo systemd-run tclsh tcsh tmux toybox watch xargs xonsh yash zsh
+    adb ash autossh bash busybox csh dash dbclient doas dsh elvish eval expect fish flock hush
+    ksh lksh make mksh mosh nu oksh osh parallel pdksh pdsh plink posh pssh pwsh rbash rc remsh
+    rlogin rsh rsync runuser sash scp screen script sg sh slogin ssh su sudo systemd-run tclsh
+    tcsh tmux toybox watch xargs xonsh yash ysh zsh
 """.split())
 
 # What a shell takes as it stands, and what is special to it anywhere else.
@@ -1386,7 +1401,7 @@ class Command:
 
     text: the command line. The first ``%F`` in it becomes the sender (MAILER-DAEMON for <>), and
     the recipients are appended as arguments. timeout: seconds that it may take. stdout: a
-    descriptor for its standard output, None for one's own. Raises ValueError for a command line
+    descriptor for its standard output, None for the caller's own. Raises ValueError for a command line
     that cannot work, and where there are no POSIX processes. warnings: what may be wrong with it.
 
     Where the words need no shell the program is started directly, otherwise by ``sh -c``, of
@@ -1409,8 +1424,9 @@ class Command:
     def check(self, address: str, mail: object = None) -> None:
         """Raise PermanentFailure where anything on its way could read `address` as code."""
         # What a command may take for an option, a program, or a file.
-        bare = "@" not in address
-        if address.startswith(("-", "|")) or bare and ("/" in address or address[:1] == "+"):
+        bare = not re.search('@[^"@]*$', address)
+        if (address.startswith(("-", "|")) or address.endswith("|")
+                or bare and ("/" in address or address.startswith("+"))):
             raise PermanentFailure("Address not safe for a command", 553)
         if self._reparsed and not is_inert(address):
             raise PermanentFailure("Address not safe here: " + self._reparsed, 553)
@@ -1450,10 +1466,14 @@ class Command:
         if bare.rstrip()[-1] in ";&|<>":
             raise ValueError("the command ends in %s, which would make a command or a file of "
                              "the recipients; end it in --" % bare.rstrip()[-1])
+        if bare.endswith("\\") or not _last_command(bare):
+            raise ValueError("nothing in the command takes the recipients as arguments; end it in "
+                             "a program, or in :, which ignores them")
         if re.search(r"(?:^|[\s;&|()])#", bare):
             self.warnings.append("the command has a comment, which swallows the recipients")
         if not _SPECIAL.intersection(bare) and bare.replace("\t", " ").isprintable():
-            words = shlex_split(self.text)
+            import shlex
+            words = shlex.split(self.text)
             program = find_program(words[0])
             if program and not re.match(r"[A-Za-z_][0-9A-Za-z_]*=", words[0]):
                 return program, words
@@ -1523,6 +1543,20 @@ class Command:
         text = _plain("; ".join(lines))[:MAX_ERROR_TEXT]
         failure = TemporaryFailure if code < 500 else PermanentFailure
         raise failure(why + (": " + text if text else ""), code, enhanced, lines)
+
+
+def _last_command(bare: str) -> List[str]:
+    """The words of the last command in a command line without its quoted parts.
+
+    What precedes a command, assignments, redirections and reserved words, is left out: the word
+    behind it would be the program.
+    """
+    bare = re.sub(r"\$\([^()]*\)|`[^`]*`", "x", bare)
+    bare = re.sub(r"[0-9]*(?:>>|>\||[<>]&|<<|<>|[<>])\s*[^\s;&|<>()]*", " ", bare)
+    words = re.split("[;&|()]", bare)[-1].split()
+    while words and re.fullmatch(r"\w+=.*|[!{]|do|then|else|elif|if|while|until", words[0]):
+        del words[0]
+    return words
 
 
 class _Run:
@@ -1673,7 +1707,11 @@ def _open_input(mail: Mail) -> Tuple[int, Optional[int], memoryview]:
     """A descriptor to read the mail from, and one, or None, to write the rest of it to."""
     file = mail.file
     if mail.spool.has_descriptor:
-        return os.dup(file.fileno()), None, memoryview(b"")
+        try:        # for reading only, and at a place of its own
+            reader = os.open("/proc/self/fd/%d" % file.fileno(), os.O_RDONLY)
+        except OSError:
+            reader = os.dup(file.fileno())
+        return reader, None, memoryview(b"")
     rest = memoryview(file.read())
     reader, writer = os.pipe()
     if len(rest) > 4096:        # the least that a pipe takes at once, wherever there are pipes
@@ -1702,12 +1740,6 @@ def _start(program: str, arguments: List[bytes], stdin: int,
             raise
     # A script without #! is the shell's, as execvp(3) has it.
     return start("/bin/sh", [b"sh", os.fsencode(program), *arguments[1:]])
-
-
-def shlex_split(text: str) -> List[str]:
-    """The words of a command line without expansions, as a shell splits it."""
-    import shlex
-    return shlex.split(text)
 
 
 def find_program(name: str) -> Optional[str]:
@@ -1759,8 +1791,7 @@ class Server:
     exception is answered 454. If None, nobody has to authenticate, or can.
     tls: an ssl.SSLContext for STARTTLS, or with starttls=False for TLS from the first byte.
     check(address, mail): called for the sender, when `mail` has no recipients yet, and for each
-    recipient before it is added; may raise the two failures. If None, the `check` of `deliver`
-    where it has one, as Command has.
+    recipient before it is added; may raise the two failures. If None, that of a Command.
     session: the class of the sessions. received: whether mails get a Received line. max_size:
     bytes of a mail, 0 for any number. max_sessions: served at a time. timeout: seconds that a
     client may be silent. log: a logging.Logger, that named "msmtpd" if None.
@@ -1925,8 +1956,8 @@ class _Crew:
         import threading
         self._listeners, self._slots = listeners, slots
         self._log, self._serve = log, serve
-        self._threads = [threading.Thread(target=self._work, name="msmtpd-%d" % (n + 1),
-                                          daemon=True) for n in range(number)]
+        self._threads = [threading.Thread(target=self._work, args=(n,), daemon=True,
+                                          name="msmtpd-%d" % (n + 1)) for n in range(number)]
         self._door = threading.Lock()       # held by the one that accepts
         self._count = threading.Lock()      # guards the next
         self._waiting = 0                   # how many are at the door
@@ -1938,15 +1969,17 @@ class _Crew:
 
         All of them now: a start where memory has become short may wait for ever.
         """
-        for number, thread in enumerate(self._threads):
-            try:
-                thread.start()
-            except (RuntimeError, MemoryError) as error:
-                if number == 0:
-                    raise
-                self._log.error("no more than %d sessions at a time: %s", number, error)
-                del self._threads[number:]
-                return
+        with self._count:       # for which each of them waits at its start
+            for number, thread in enumerate(self._threads):
+                try:
+                    thread.start()
+                except (RuntimeError, MemoryError) as error:
+                    if number == 0:
+                        raise
+                    # The commands need processes, which are as short.
+                    self._threads = self._threads[:(number + 1) // 2]
+                    self._error("no more than %d sessions at a time: %s", len(self._threads), error)
+                    return
 
     def leave(self) -> bool:
         """Close the door and wait for the threads, as long as Slots.drain said.
@@ -1965,17 +1998,25 @@ class _Crew:
                 thread.join(max(0.0, min(0.5, self._slots.leave_at - time.monotonic())))
         self.left_behind = sum(thread.is_alive() for thread in self._threads)
         if self.left_behind:
-            self._log.error("left behind: %d sessions whose deliver does not return",
-                            self.left_behind)
+            self._error("left behind: %d sessions, whose deliver does not return",
+                        self.left_behind)
         return True
 
-    def _work(self) -> None:
+    def _work(self, number: int) -> None:
         """What each thread does."""
+        with self._count:
+            if number >= len(self._threads):
+                return
         while self._slots.drain_until is None:
             try:
                 self._serve_next()
             except BaseException:
-                self._log.error("a session ended by an error", exc_info=True)
+                self._error("a session ended by an error", exc_info=True)
+                time.sleep(0.1)     # where it comes at once again
+
+    def _error(self, message: str, *values: object, exc_info: bool = False) -> None:
+        with contextlib.suppress(Exception):        # a log that fails ends no thread
+            self._log.error(message, *values, exc_info=exc_info)
 
     def _serve_next(self) -> None:
         """Wait for one's turn and for a client, and serve it."""
@@ -2002,7 +2043,7 @@ class _Crew:
                 accepted = self._accept_ready()
             except Exception as error:      # descriptors or memory are short, which passes
                 if not self._failing:
-                    self._log.error("cannot accept, will try again: %s", error or repr(error))
+                    self._error("cannot accept, will try again: %s", error or repr(error))
                 self._failing = True
                 time.sleep(pause)
                 pause = min(2 * pause, 1.0)
@@ -2087,7 +2128,7 @@ def _listen(hosts: Sequence[str], port: int) -> List[socket.socket]:
             try:
                 info = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM,
                                           flags=socket.AI_NUMERICHOST | socket.AI_PASSIVE)[0]
-            except socket.gaierror:
+            except (socket.gaierror, UnicodeError):
                 raise OSError("%r is not an IP address, such as 127.0.0.1" % host) from None
             listener = opened.enter_context(socket.socket(info[0], socket.SOCK_STREAM))
             if os.name == "posix":
@@ -2141,19 +2182,19 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
     _settle(inetd)
     log: Log = ErrorsOnly()
     try:
-        if inetd:       # where only the log can tell what is wrong with the options
-            for target in (word[6:] for word in arguments if word.startswith("--log=")):
-                log = _open_log(target, False)
         options = _parse_options(arguments)
-        log = _open_log("-" if options.debug and options.log == "none" else options.log,
-                        options.debug)
+        if options.debug and options.log == "none":
+            options.log = "-"
+        log = _open_log(options.log, options.debug)
         return (_run_inetd if options.inetd else _run_daemon)(options, log)
-    except (StartError, KeyboardInterrupt, EOFError) as error:
-        log.error("%s", str(error) or "interrupted before the start")
+    except (StartError, OSError, KeyboardInterrupt, EOFError) as error:
+        text = " ".join(str(error).split()) or "interrupted before the start"
         if inetd:
             os.write(1, b"421 4.3.0 Cannot start; the log, if there is one, says why\r\n")
-        elif not isinstance(log, ErrorsOnly):
-            ErrorsOnly().error("%s", str(error) or "interrupted before the start")
+            log = _log_named_in(arguments) if isinstance(log, ErrorsOnly) else log
+        log.error("%s", text)
+        if not (inetd or isinstance(log, ErrorsOnly)):
+            _tell(text)
         return 3
 
 
@@ -2235,6 +2276,17 @@ def _parse_options(arguments: List[str]) -> argparse.Namespace:
     if not options.tls_cert_file and (options.tls_key_file or options.tls_starttls == "off"):
         raise StartError("TLS needs --tls-cert-file, too")
     return options
+
+
+def _log_named_in(arguments: List[str]) -> Log:
+    """The log, where the options as a whole could not be read."""
+    import argparse
+    parser = argparse.ArgumentParser(add_help=False)
+    parser.add_argument("--log", default="none")
+    try:
+        return _open_log(parser.parse_known_args(arguments)[0].log, False)
+    except (StartError, SystemExit):
+        return ErrorsOnly()
 
 
 def _nearest(word: str, text: str) -> str:
@@ -2344,19 +2396,6 @@ def _open_log(target: str, debug: bool) -> Log:
     return log
 
 
-def _reopen_log(log: Log) -> None:
-    """Open the log file anew, if it was moved."""
-    for handler in getattr(log, "handlers", ()):
-        if hasattr(handler, "reopenIfNeeded"):
-            handler.acquire()
-            try:
-                handler.reopenIfNeeded()
-            except OSError:
-                pass
-            finally:
-                handler.release()
-
-
 def _find_password(user: str, command: str, inetd: bool) -> str:
     """The password of --auth, looked up once. Raises StartError saying what was tried."""
     if command:
@@ -2393,14 +2432,14 @@ def _evaluate(command: str, inetd: bool) -> str:
     done = subprocess.run(command, shell=True, stdout=subprocess.PIPE, check=False,
                           stdin=subprocess.DEVNULL if inetd else None)
     if done.returncode:
-        raise StartError("the password command failed with exit status %d: %s"
-                         % (done.returncode, command))
+        raise StartError("the password command of --auth failed, with exit status %d"
+                         % done.returncode)
     try:
         password = done.stdout.split(b"\n")[0].rstrip(b"\r").decode()
     except UnicodeDecodeError:
-        raise StartError("the password command printed no UTF-8: %s" % command) from None
+        raise StartError("the password command of --auth printed no UTF-8") from None
     if not password:
-        raise StartError("the password command printed no password: %s" % command)
+        raise StartError("the password command of --auth printed no password")
     return password
 
 
@@ -2533,8 +2572,7 @@ def _run_daemon(options: argparse.Namespace, log: Log) -> int:
             _warn(log, options, "anybody who reaches %s can send mail; use --auth" % places)
         elif not server.tls:
             _warn(log, options, "passwords come to %s unencrypted; use --tls-cert-file" % places)
-    on_terminal = os.isatty(2) and not (options.log == "-"
-                                        or options.debug and options.log == "none")
+    on_terminal = os.isatty(2) and options.log != "-"
     if on_terminal:
         client = "openssl s_client -connect %s:%s" if options.tls_starttls == "off" else "nc %s %s"
         _tell("listening on %s, piping mails to: %s (to try it: %s; to stop it: Ctrl-C)" % (
@@ -2603,7 +2641,7 @@ class _Reload:
             self._busy = False
 
     def _reload(self) -> None:
-        _reopen_log(self._log)
+        self._log.info("SIGHUP")        # with a line a log file is reopened, if it was moved
         if self._options.tls_cert_file:
             try:    # not into the context in use: OpenSSL forbids that, and the new may be unfit
                 self._server.tls = _tls_context(self._options.tls_cert_file,

@@ -393,7 +393,8 @@ class Paths(unittest.TestCase):
                 ("", {}), ("SIZE=1", {"SIZE": "1"}), ("size=1  BODY=8bitmime SMTPUTF8", {
                     "SIZE": "1", "BODY": "8bitmime", "SMTPUTF8": ""}),
                 ("AUTH=<> ENVID=a+3Db", {"AUTH": "<>", "ENVID": "a+3Db"}),
-                ("SIZE=", None), ("=1", None), ("SIZE=1=2", None), ("-X=1", None),
+                ("ENVID= ORCPT=rfc822;a=b@c", {"ENVID": "", "ORCPT": "rfc822;a=b@c"}),
+                ("=1", None), ("-X=1", None),
                 ("SIZE=1 size=2", None), ("X=\x7f", None)):
             with self.subTest(text):
                 self.assertEqual(msmtpd.parse_parameters(text), expected)
@@ -511,6 +512,13 @@ class Dialogues(ServerCase):
             C: quit it
             S: 221 2.0.0
             """)
+
+    def test_the_last_greeting_counts(self):
+        with Client(self.serve(received=True)) as client:
+            client.open("HELO a b!", "MAIL FROM:<a@b>", "RCPT TO:<c@d>", "DATA", "x\r\n.")
+        self.assertEqual(self.mails[0].helo, "a b!")
+        self.assertIn(b"from invalid ([127.0.0.1])\n\tby localhost (msmtpd) with SMTP;",
+                      self.mails[0].data)
 
     def test_order(self):
         mails = self.check_dialogue("""\
@@ -871,10 +879,18 @@ class MailData(ServerCase):
                 self.assertEqual([mail.data for mail in self.mails],
                                  [b"one\n" if number < 0 else b"one\n\nNOOP\ntwo\n"])
 
+    def test_the_line_of_data_is_no_end_but_by_its_own(self):
+        with Client(self.serve()) as client:
+            client.open("MAIL FROM:<a@b>", "RCPT TO:<c@d>")
+            client.send("DATA\n.\r\nNOOP\r\n.\r\n")
+            self.assertEqual(client.line()[:3], "354")
+            self.assertEqual(client.line(), "250 2.0.0 Delivered")
+            self.assertEqual([mail.data for mail in self.mails], [b"\nNOOP\n"])
+
     def test_bare_lf_session(self):
         for data, expected in (("x\r\n.\r\n", b"x\n"), ("x\r\n.\n", b"x\n"), (".\n", b""),
                                ("\n.\n", b"\n"), ("..\n.\n", b".\n"), ("x\n.y\n.\n", b"x\ny\n"),
-                               (".\r\n", b"")):
+                               ("\n.\r\n.\n", b"\n\n")):
             with self.subTest(data), Client(self.serve()) as client:
                 client.send("HELO x\nMAIL FROM:<a@b>\nRCPT TO:<c@d>\nDATA\n" + data + "QUIT\n")
                 self.assertTrue(client.rest().endswith("221 2.0.0 Goodbye\r\n"))
@@ -969,6 +985,8 @@ class AddressRule(unittest.TestCase):
 
     def test_commands_that_cannot_work(self):
         for text in ("", "  ", "cat\ncat", "cat;", "cat &", "cat | ", "cat >", "cat <", "cat &&",
+                     ">out", "cat; <in", "A=b", "cat && A=b C=d", "true && !", "if", "cat \\",
+                     "cat | { ", "2>&1", "while",
                      "cat 'x", 'cat "x', "if cat", "cat )", "cat ${"):
             with self.subTest(text), self.assertRaises(ValueError):
                 msmtpd.Command(text)
@@ -1063,6 +1081,16 @@ class Delivery(ProgramCase):
             mail = msmtpd.Mail("a@b", ["c@d"], os.urandom(size))
             self.assertEqual(self.run_command(self.capture, mail)[1], "exit=0")
             self.assertEqual(self.delivered()[-1][1], mail.data)
+
+    def test_a_mail_that_was_looked_at_arrives_whole(self):
+        for size in (100, 100000, 3000000):
+            mail = msmtpd.Mail("a@b", ["c@d"], b"Subject: x\n" + b"y" * size + b"\n")
+            before = mail.data
+            mail.file.readline()
+            self.assertEqual(self.run_command(self.capture, mail)[1], "exit=0")
+            self.assertEqual(self.delivered()[-1][1], before)
+            self.run_command("head -c 10 >/dev/null; true", mail)
+            self.assertEqual((mail.data, mail.file.readline()), (before, b"Subject: x\n"))
 
     def test_its_words_end_the_reply(self):
         script = self.script("moan", "#!/bin/sh\nprintf 'no\\033 way\\n\\nsorry\\n' >&2; exit 1\n")
@@ -1281,6 +1309,16 @@ class Authentication(ServerCase):
                                ("\u00fcser", "s\u00e9cret "), ("\u00fcser ", "s\u00e9cret")):
             self.assertFalse(check(user, password))
 
+    def test_async_functions_are_no_deliver(self):
+        async def deliver(mail):
+            self.mails.append(mail)
+        with self.assertLogs("msmtpd", "ERROR") as logs, warnings.catch_warnings():
+            warnings.simplefilter("ignore")         # never awaited
+            with Client(super().serve(deliver)) as client:
+                client.open("MAIL FROM:<a@b>", "RCPT TO:<c@d>", "DATA")
+                self.assertEqual(client.do("x\r\n.")[:9], "451 4.3.0")
+        self.assertIn("async function", "".join(logs.output))
+
     def test_an_exception_says_nothing(self):
         def authenticate(user, password):
             raise KeyError(password)
@@ -1361,20 +1399,22 @@ class Slots(ServerCase):
         self.assertEqual(len(logs.output), 1)
 
     def test_threads_may_be_not_to_be_had(self):
-        start, left = threading.Thread.start, [1, 1]
+        start, left = threading.Thread.start, [1, 1, 1, 1]
 
-        def start_two(thread):
+        def start_four(thread):
             if not left:
                 raise RuntimeError("can't start new thread")
             left.pop()
             start(thread)
-        with mock.patch.object(threading.Thread, "start", start_two), \
+        with mock.patch.object(threading.Thread, "start", start_four), \
                 self.assertLogs("msmtpd", "ERROR") as logs:
             server = self.serve()
         self.assertIn("no more than 2 sessions", logs.output[0])
         with Client(server) as first, Client(server) as second:
             self.assertEqual((first.open()[:3], second.open()[:3]), ("250", "250"))
-        with mock.patch.object(threading.Thread, "start", start_two), \
+        wait_for(lambda: sum(t.name.startswith("msmtpd-") for t in threading.enumerate()) == 2,
+                 "those above half of them to end, for the commands' sake")
+        with mock.patch.object(threading.Thread, "start", start_four), \
                 self.assertRaises(RuntimeError):
             self.serve()
 
@@ -3064,7 +3104,7 @@ class Inetd(ProgramCase):
     def test_refusal_is_told_to_the_client_and_the_log(self):
         done = self.run_inetd(b"", "--auth=x,false", "--log=" + self.log)
         self.assertEqual((done.returncode, done.stdout[:10]), (3, b"421 4.3.0 "))
-        self.assertIn("error: the password command failed", self.logged())
+        self.assertIn("error: the password command of --auth failed", self.logged())
         done = self.run_inetd(b"", "--frob")
         self.assertEqual((done.returncode, done.stdout[:10]), (3, b"421 4.3.0 "))
 
@@ -3773,14 +3813,14 @@ class Passwords(PeerCase):
         self.check_login((process.host, process.port))
         self.write("password.gpg", "no such thing")
         self.check_refusal("--auth=msmtpd-user,gpg -q -d %s 2>/dev/null" % file, env=self.home,
-                           says="password command failed with exit status 2: gpg -q -d ")
+                           says="password command of --auth failed, with exit status 2")
 
     def test_commands_that_print_none(self):
-        for command, says in (("exit 7", "failed with exit status 7: exit 7"),
-                              ("true", "printed no password: true"),
+        for command, says in (("exit 7", "failed, with exit status 7"),
+                              ("true", "printed no password"),
                               ("echo; echo secret", "printed no password"),
                               ("printf '\\377\\n'", "printed no UTF-8"),
-                              ("no-such-program 2>/dev/null", "failed with exit status 127")):
+                              ("no-such-program 2>/dev/null", "failed, with exit status 127")):
             with self.subTest(command=command):
                 self.check_refusal("--auth=joe," + command, says=says)
 

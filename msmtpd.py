@@ -507,7 +507,8 @@ class Transparency:
             lines = piece.replace(b"\r\n", b"\n").replace(b"\r", b" ")
         dot = self._at_line_start and lines.startswith(b".")
         self._at_line_start = lines.endswith(b"\n")
-        lines = lines.replace(b"\n.", b"\n")
+        if b"." in lines:
+            lines = lines.replace(b"\n.", b"\n")
         return lines[1:] if dot else lines
 
 
@@ -652,7 +653,9 @@ class Wire:
         data, done = before + bytes(self._input), len(before)   # data[:done] is not to be yielded
         self._input.clear()
         while True:
-            found = min(((data.find(end), end) for end in ends if end in data), default=None)
+            # One byte is found ten times as fast as a string, and attachments have no dots.
+            found = b"." in data and min(((data.find(end), end) for end in ends if end in data),
+                                         default=None)
             if found:
                 at, end = found
                 self._input += data[at + len(end):]

@@ -1404,8 +1404,9 @@ class Command:
 
     text: the command line. The first ``%F`` in it becomes the sender (MAILER-DAEMON for <>), and
     the recipients are appended as arguments. timeout: seconds that it may take. stdout: a
-    descriptor for its standard output, None for the caller's own. Raises ValueError for a command line
-    that cannot work, and where there are no POSIX processes. warnings: what may be wrong with it.
+    descriptor for its standard output, None for the caller's own. warnings: what may be wrong
+    with it. Raises ValueError for a command line that cannot work, and where there are no POSIX
+    processes.
 
     Where the words need no shell the program is started directly, otherwise by ``sh -c``, of
     whose text the recipients are no part. Only its exit status decides: see EXIT_REPLIES. After

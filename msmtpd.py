@@ -778,12 +778,14 @@ class TLSWire(Wire):
         return self._tls.version() or ""
 
     def has_left(self) -> bool:
+        """As Wire's; what is not decrypted yet is not looked at."""
         return not self._tls.pending() and super().has_left()
 
     def close(self, farewell: bytes, linger: float) -> None:
+        """As Wire's, with TLS's own farewell behind it."""
         super().close(farewell, 0)
         with contextlib.suppress(OSError):
-            self._tls.unwrap()      # TLS's own farewell (RFC 8446 6.1); the answer is not awaited
+            self._tls.unwrap()      # RFC 8446 6.1; the answer is not awaited
         # Below TLS from here on: what the client still sends is dropped, not decrypted.
         self._plain.close(self._to_send.read(), linger)
 
@@ -2553,36 +2555,12 @@ def _run_daemon(options: argparse.Namespace, log: Log) -> int:
     """Serve until a signal comes."""
     server, command = _make_server(options, log, None)
     stop = _Stop(server, command, options.delivery_timeout + 3 * KILL_DELAY)
-    try:
-        server.start()
-    except (OSError, RuntimeError) as error:
-        import errno
-        hint = {errno.EADDRINUSE: "; end the program that has it, or try another --port",
-                errno.EADDRNOTAVAIL: "; this machine has no such address",
-                errno.EACCES: "; ports below 1024 are for root: try --port=2500",
-                }.get(getattr(error, "errno", None) or 0, "")
-        raise StartError("cannot listen on %s port %d: %s%s" % (
-            ", ".join(options.interface or ["127.0.0.1"]), options.port,
-            error.strerror if isinstance(error, OSError) and error.strerror else error,
-            hint)) from None
+    _start_server(server, options)
     if stop.asked:              # maybe before there was anything to stop
         stop.drain()
     _Reload(server, log, options)
-    places = " and ".join(map(str, server.addresses))
-    log.info("listening on %s, piping mails to: %s", places, options.command)
-    if any(peer.host and peer.host != "::1" and not peer.host.startswith("127.")
-           for peer in server.addresses):
-        if not options.auth:
-            _warn(log, options, "anybody who reaches %s can send mail; use --auth" % places)
-        elif not server.tls:
-            _warn(log, options, "passwords come to %s unencrypted; use --tls-cert-file" % places)
     on_terminal = os.isatty(2) and options.log != "-"
-    if on_terminal:
-        client = "openssl s_client -connect %s:%s" if options.tls_starttls == "off" else "nc %s %s"
-        _tell("listening on %s, piping mails to: %s (to try it: %s; to stop it: Ctrl-C)" % (
-            places, options.command,
-            client % ({"0.0.0.0": "127.0.0.1", "::": "::1"}.get(server.host, server.host),
-                      server.port)))
+    _announce(server, log, options, on_terminal)
     notify = os.environ.pop("NOTIFY_SOCKET", "")
 
     def stopping() -> None:
@@ -2593,6 +2571,38 @@ def _run_daemon(options: argparse.Namespace, log: Log) -> int:
     server.serve_forever(stopping)
     log.info("stopped")
     return 0
+
+
+def _start_server(server: Server, options: argparse.Namespace) -> None:
+    """Start the server. Raises StartError, with a hint at what to do about it."""
+    import errno
+    try:
+        server.start()
+    except (OSError, RuntimeError) as error:
+        hints = {errno.EADDRINUSE: "; end the program that has it, or try another --port",
+                 errno.EADDRNOTAVAIL: "; this machine has no such address",
+                 errno.EACCES: "; ports below 1024 are for root: try --port=2500"}
+        raise StartError("cannot listen on %s port %d: %s%s" % (
+            ", ".join(options.interface or ["127.0.0.1"]), options.port,
+            getattr(error, "strerror", None) or error,
+            hints.get(getattr(error, "errno", None) or 0, ""))) from None
+
+
+def _announce(server: Server, log: Log, options: argparse.Namespace, on_terminal: bool) -> None:
+    """Say where the server listens, and warn where that asks for more protection."""
+    places = " and ".join(map(str, server.addresses))
+    log.info("listening on %s, piping mails to: %s", places, options.command)
+    if any(peer.host and peer.host != "::1" and not peer.host.startswith("127.")
+           for peer in server.addresses):
+        if not options.auth:
+            _warn(log, options, "anybody who reaches %s can send mail; use --auth" % places)
+        elif not server.tls:
+            _warn(log, options, "passwords come to %s unencrypted; use --tls-cert-file" % places)
+    if on_terminal:
+        client = "openssl s_client -connect %s:%s" if options.tls_starttls == "off" else "nc %s %s"
+        host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(server.host, server.host)
+        _tell("listening on %s, piping mails to: %s (to try it: %s; to stop it: Ctrl-C)"
+              % (places, options.command, client % (host, server.port)))
 
 
 class _Stop:

@@ -2275,13 +2275,24 @@ def _parse_options(arguments: List[str]) -> argparse.Namespace:
     add("--help", action="help", help="print this summary")
     add("--version", action="version", version="msmtpd.py " + __version__,
         help="print the version")
-    options, rest = parser.parse_known_args(arguments)
+    options, rest = parser.parse_known_args(_join_values(arguments))
     if rest:
         raise StartError("unknown option or argument %s; %ssee --help"
                          % (rest[0], _nearest(rest[0], parser.format_help())))
     if not options.tls_cert_file and (options.tls_key_file or options.tls_starttls == "off"):
         raise StartError("TLS needs --tls-cert-file, too")
     return options
+
+
+def _join_values(arguments: List[str]) -> List[str]:
+    """The arguments with each value behind a "=": as getopt_long has it, it may begin with "-"."""
+    joined, words = [], iter(arguments)
+    for word in words:
+        if word.startswith("--") and "=" not in word and not any(
+                flag.startswith(word) for flag in ("--inetd", "--debug", "--help", "--version")):
+            word += "".join("=" + value for value in itertools.islice(words, 1))
+        joined.append(word)
+    return joined
 
 
 def _log_named_in(arguments: List[str]) -> Log:

@@ -2809,6 +2809,17 @@ class Options(ProgramCase):
             self.assertIn("250-SIZE 1024", client.reply())
         self.assertEqual(self.stop(daemon)[0], 0)
 
+    def test_a_value_may_begin_with_a_hyphen(self):
+        for arguments, words in ((["--command", "-x;"], "ends in ;"),
+                                 (["--port", "--help"], "'--help' is not a port"),
+                                 (["--auth", "-user,false"], "exit status 1"),
+                                 (["--log", self.folder, "--debug"], "cannot open the log"),
+                                 (["--port"], "--port: needs a value")):
+            with self.subTest(arguments):
+                status, text = self.run_here(*arguments)
+                self.assertEqual(status, 3)
+                self.assertIn(words, text)
+
     def test_warnings(self):
         for arguments, words in ((["--command=nosuchprogram %F --"], "nosuchprogram"),
                                  (["--command=cat # %F"], "comment"),

@@ -43,7 +43,6 @@ if TYPE_CHECKING:
     import logging
     import socket
     import ssl
-    import subprocess
     from typing import (
         Any,
         BinaryIO,
@@ -64,6 +63,7 @@ if TYPE_CHECKING:
     Deliver = Callable[["Mail"], object]
     Check = Callable[[str, "Mail"], object]
     Authenticate = Callable[[str, str], bool]
+    Start = Callable[[str, List[bytes], Tuple[int, int, int]], int]
     Log = Union[logging.Logger, "ErrorsOnly"]
 
 __version__ = "1.0"
@@ -1417,12 +1417,12 @@ class Command:
 
     def __init__(self, text: str = "msmtp -f %F --", *, timeout: float = DELIVERY_TIMEOUT,
                  stdout: Optional[int] = None) -> None:
-        import threading
         if os.name != "posix":
             raise ValueError("a command needs a POSIX system; give Server a function instead")
-        self.text, self._timeout, self._stdout = text, timeout, stdout
+        self.text, self._timeout = text, timeout
+        self._stdout = 1 if stdout is None else stdout
         self.warnings: List[str] = []
-        self._lock = threading.Lock()
+        self._start = _Starter()
         self._runs: Set[_Run] = set()
         self._program, self._words = self._parse()
         self._reparsed = self._find_reparser()
@@ -1442,9 +1442,8 @@ class Command:
         for address in (mail.sender, *mail.recipients):
             self.check(address)
         try:
-            with self._lock:    # while one is forked no other thread can run: better to queue here
-                run = _Run(self._program, self._arguments(mail), mail, self._stdout)
-                self._runs.add(run)
+            run = _Run(self._start, self._program, self._arguments(mail), mail, self._stdout)
+            self._runs.add(run)
         except (OSError, ValueError, MemoryError) as error:
             missing = isinstance(error, (FileNotFoundError, PermissionError, NotADirectoryError))
             raise TemporaryFailure("Cannot start the command: %s" % error, 451,
@@ -1572,8 +1571,8 @@ class _Run:
     errors: the head of its standard error.
     """
 
-    def __init__(self, program: str, arguments: List[bytes], mail: Mail,
-                 stdout: Optional[int]) -> None:
+    def __init__(self, start: Start, program: str, arguments: List[bytes], mail: Mail,
+                 stdout: int) -> None:
         import threading
         self.status: Optional[int] = None
         self.timed_out = False
@@ -1583,20 +1582,22 @@ class _Run:
         self._lock = threading.RLock()
         self._pause = 0.0005                # between looks at a process that cannot be polled
         self._at_once = True                # it may end before it is worth while to look closer
-        stdin, self._feed, self._rest = _open_input(mail)
+        self._feed: Optional[int] = None    # these three are descriptors
+        self._stderr: Optional[int] = None
+        self._pidfd: Optional[int] = None
         try:
-            self._process = _start(program, arguments, stdin, stdout)
+            with contextlib.ExitStack() as lent:
+                stdin, self._feed, self._rest = _open_input(mail)
+                lent.callback(os.close, stdin)
+                self._stderr, stderr = os.pipe()
+                lent.callback(os.close, stderr)
+                self._pid = start(program, arguments, (stdin, stdout, stderr))
         except BaseException:
-            self._stop_feeding()
+            self._close()
             raise
-        finally:
-            os.close(stdin)
-        assert self._process.stderr is not None
-        self._stderr: Optional[int] = self._process.stderr.fileno()
-        try:
-            self._pidfd: Optional[int] = os.pidfd_open(self._process.pid)
-        except (AttributeError, OSError):   # Linux with Python 3.9, and where it is not forbidden
-            self._pidfd = None
+        # Linux with Python 3.9, and where it is not forbidden
+        with contextlib.suppress(AttributeError, OSError):
+            self._pidfd = os.pidfd_open(self._pid)
 
     @property
     def outcome(self) -> str:
@@ -1650,25 +1651,23 @@ class _Run:
 
     def _kill_group(self, number: int) -> None:
         with contextlib.suppress(ProcessLookupError, PermissionError):
-            os.killpg(self._process.pid, number)
+            os.killpg(self._pid, number)
 
     def _reap(self) -> None:
         """Take the status of the command, if it has ended."""
         import signal
         with self._lock:
             try:
-                pid, status = os.waitpid(self._process.pid, os.WNOHANG)
+                pid, status = os.waitpid(self._pid, os.WNOHANG)
             except ChildProcessError:
                 # Somebody in this process waits for all children, or ignores SIGCHLD.
-                # subprocess would take that for success.
-                pid, status, self._process.returncode = -1, 0, 0
+                pid, status = -1, 0
             if pid == 0:
                 return
             self._ended = True
             if pid > 0:
                 self.status = (-os.WTERMSIG(status) if os.WIFSIGNALED(status)
                                else os.WEXITSTATUS(status))
-                self._process.returncode = self.status
             if self.timed_out:
                 self._kill_group(signal.SIGKILL)    # those that the command left behind
 
@@ -1695,6 +1694,7 @@ class _Run:
         data = os.read(self._stderr, CHUNK)
         self.errors += data[:MAX_ERROR_OUTPUT - len(self.errors)]
         if not data:
+            os.close(self._stderr)
             self._stderr = None
 
     def _close(self) -> None:
@@ -1703,10 +1703,9 @@ class _Run:
                and len(self.errors) < MAX_ERROR_OUTPUT and _poll((self._stderr,), (), 0)):
             self._read_errors()
         self._stop_feeding()
-        assert self._process.stderr is not None
-        self._process.stderr.close()
-        if self._pidfd is not None:
-            os.close(self._pidfd)
+        for descriptor in (self._stderr, self._pidfd):
+            if descriptor is not None:
+                os.close(descriptor)
 
 
 def _open_input(mail: Mail) -> Tuple[int, Optional[int], memoryview]:
@@ -1730,22 +1729,87 @@ def _open_input(mail: Mail) -> Tuple[int, Optional[int], memoryview]:
     return reader, None, rest
 
 
-def _start(program: str, arguments: List[bytes], stdin: int,
-           stdout: Optional[int]) -> subprocess.Popen[bytes]:
-    """Start a program with nothing but these descriptors and a pipe for its standard error."""
-    import errno
-    import subprocess
+class _Starter:
+    """Starts programs in sessions of their own, with descriptors 0 to 2, and with the environment
+    that there was when it was made. Called with the program, its arguments and these descriptors,
+    it returns the process id. Raises OSError.
+    """
 
-    def start(program: str, arguments: List[bytes]) -> subprocess.Popen[bytes]:
-        return subprocess.Popen(arguments, executable=program, stdin=stdin, stdout=stdout,
-                                stderr=subprocess.PIPE, bufsize=0, start_new_session=True)
-    try:
-        return start(program, arguments)
-    except OSError as error:
-        if error.errno != errno.ENOEXEC:
-            raise
-    # A script without #! is the shell's, as execvp(3) has it.
-    return start("/bin/sh", [b"sh", os.fsencode(program), *arguments[1:]])
+    def __init__(self) -> None:
+        self._environment = dict(os.environb)
+        try:
+            self._start = _posix_spawn(self._environment)
+        except (ImportError, AttributeError, OSError, MemoryError):     # no ctypes, or no glibc
+            self._start = self._popen
+
+    def __call__(self, program: str, arguments: List[bytes],
+                 descriptors: Tuple[int, int, int]) -> int:
+        import errno
+        # Where this process has no descriptors 0 to 2, these may stand in each other's way.
+        start = self._popen if min(descriptors[::2]) < 3 else self._start
+        try:
+            return start(program, arguments, descriptors)
+        except OSError as error:
+            if error.errno != errno.ENOEXEC:
+                raise
+        # A script without #! is the shell's, as execvp(3) has it.
+        return start("/bin/sh", [b"sh", os.fsencode(program), *arguments[1:]], descriptors)
+
+    def _popen(self, program: str, arguments: List[bytes],
+               descriptors: Tuple[int, int, int]) -> int:
+        import subprocess
+        stdin, stdout, stderr = descriptors
+        process = subprocess.Popen(arguments, executable=program, stdin=stdin,
+                                   stdout=None if stdout == 1 else stdout, stderr=stderr,
+                                   env=self._environment, start_new_session=True)
+        process.returncode = 0      # so that subprocess leaves it to us
+        return process.pid
+
+
+def _posix_spawn(environment: Dict[bytes, bytes]) -> Start:
+    """glibc's posix_spawn(3), from 2.34 on; what it raises where that is missing is in _Starter.
+
+    Other threads run while it starts a process, as they do not under subprocess and
+    os.posix_spawn: eight clients get half as many mails again delivered.
+    """
+    import ctypes
+    glibc, spawn = ctypes.PyDLL("libc.so.6"), ctypes.CDLL("libc.so.6").posix_spawn
+    add_dup2 = glibc.posix_spawn_file_actions_adddup2
+    add_close_from = glibc.posix_spawn_file_actions_addclosefrom_np
+
+    def block() -> ctypes.Array[ctypes.c_long]:
+        return (ctypes.c_long * 128)()      # larger than each of glibc's structures
+
+    def strings(texts: List[bytes]) -> ctypes.Array[ctypes.c_char_p]:
+        if any(b"\0" in text for text in texts):
+            raise ValueError("NUL in an argument")      # it would end there
+        return (ctypes.c_char_p * (len(texts) + 1))(*texts, None)
+
+    attributes, none, all_signals = block(), block(), block()
+    glibc.sigemptyset(none)
+    glibc.sigfillset(all_signals)
+    glibc.posix_spawnattr_init(attributes)
+    glibc.posix_spawnattr_setflags(attributes, 0x04 | 0x08 | 0x80)  # SETSIGDEF, SETSIGMASK, SETSID
+    glibc.posix_spawnattr_setsigdefault(attributes, all_signals)
+    glibc.posix_spawnattr_setsigmask(attributes, none)
+    variables = strings([b"%b=%b" % variable for variable in environment.items()])
+
+    def start(program: str, arguments: List[bytes], descriptors: Tuple[int, int, int]) -> int:
+        actions, pid = block(), ctypes.c_int()
+        glibc.posix_spawn_file_actions_init(actions)
+        try:
+            for number, descriptor in enumerate(descriptors):
+                if number != descriptor:
+                    add_dup2(actions, descriptor, number)
+            add_close_from(actions, 3)
+            error = spawn(ctypes.byref(pid), os.fsencode(program), actions, attributes,
+                          strings(arguments), variables)
+        finally:
+            glibc.posix_spawn_file_actions_destroy(actions)
+        if error:
+            raise OSError(error, os.strerror(error), program)
+        return pid.value
+    return start
 
 
 def find_program(name: str) -> Optional[str]:
@@ -2528,6 +2592,7 @@ def _tls_context(certificate: str, key: Optional[str]) -> ssl.SSLContext:
 def _make_server(options: argparse.Namespace, log: Log,
                  stdout: Optional[int]) -> Tuple[Server, Command]:
     """The server that the options describe, and the command it delivers to."""
+    sockets = _inherited_sockets(options.inetd)
     try:
         command = Command(options.command, timeout=options.delivery_timeout, stdout=stdout)
     except ValueError as error:
@@ -2542,7 +2607,7 @@ def _make_server(options: argparse.Namespace, log: Log,
                     authenticate=authenticate, tls=tls, starttls=options.tls_starttls == "on",
                     received=options.received == "on", max_size=options.max_size,
                     max_sessions=options.max_sessions, timeout=options.timeout,
-                    sockets=_inherited_sockets(options.inetd), log=log)
+                    sockets=sockets, log=log)
     for text in command.warnings:
         _warn(log, options, text)
     return server, command
@@ -2564,6 +2629,7 @@ def _run_inetd(options: argparse.Namespace, log: Log) -> int:
 
 def _run_daemon(options: argparse.Namespace, log: Log) -> int:
     """Serve until a signal comes."""
+    notify = os.environ.pop("NOTIFY_SOCKET", "")
     server, command = _make_server(options, log, None)
     stop = _Stop(server, command, options.delivery_timeout + 3 * KILL_DELAY)
     _start_server(server, options)
@@ -2572,7 +2638,6 @@ def _run_daemon(options: argparse.Namespace, log: Log) -> int:
     _Reload(server, log, options)
     on_terminal = os.isatty(2) and options.log != "-"
     _announce(server, log, options, on_terminal)
-    notify = os.environ.pop("NOTIFY_SOCKET", "")
 
     def stopping() -> None:
         _notify(notify, b"STOPPING=1")

@@ -23,16 +23,16 @@ The protocol is RFC 5321 with PIPELINING (RFC 2920), SIZE (1870), 8BITMIME (6152
 
 from __future__ import annotations
 
-import base64
 import binascii
 import collections
 import contextlib
-import copy
+import errno
 import io
 import itertools
 import os
 import re
 import select
+import signal
 import sys
 import time
 
@@ -124,11 +124,9 @@ class Reply:
     def __bytes__(self) -> bytes:
         """The reply as it is sent: printable ASCII, lines of at most 512 bytes (4.5.3.1.5)."""
         enhanced = self.enhanced and self.enhanced + " "
-        last = len(self.lines) - 1
-        return b"".join(
-            ("%d%s%s%s" % (self.code, " " if number == last else "-", enhanced, _plain(line)))
-            .encode("ascii")[:MAX_REPLY_LINE - 2] + b"\r\n"
-            for number, line in enumerate(self.lines))
+        lines = ["%d-%s%s" % (self.code, enhanced, _plain(line)) for line in self.lines]
+        lines[-1] = lines[-1].replace("-", " ", 1)
+        return "".join([line[:MAX_REPLY_LINE - 2] + "\r\n" for line in lines]).encode("ascii")
 
     def __repr__(self) -> str:
         return "%d %s %s" % (self.code, self.enhanced, " ".join(self.lines))
@@ -299,18 +297,11 @@ class Mail:
         return "<Mail from %r to %r, %d bytes>" % (self.sender, self.recipients, self.size)
 
 
-class Settings:
-    """What all sessions of a server share; never changed once it is made. As Server's arguments."""
+class Settings(collections.namedtuple("Settings", (
+        "deliver", "check", "tls", "starttls", "received", "max_size", "timeout"))):
+    """What all sessions of a server share: as Server's arguments."""
 
-    def __init__(self, deliver: Deliver, *, check: Optional[Check] = None,
-                 tls: Optional[ssl.SSLContext] = None, starttls: bool = True,
-                 received: bool = False, max_size: int = MAX_SIZE,
-                 timeout: float = TIMEOUT) -> None:
-        self.deliver = deliver
-        # A command's rule for addresses must not be forgotten: it keeps them from the shell.
-        self.check = check or (deliver.check if isinstance(deliver, Command) else None)
-        self.tls, self.starttls = tls, starttls
-        self.received, self.max_size, self.timeout = received, max_size, timeout
+    __slots__ = ()
 
 
 class ErrorsOnly:
@@ -430,7 +421,7 @@ def is_inert(address: str) -> bool:
 def is_http(line: str) -> bool:
     """Whether a line is the request line of HTTP (RFC 9112 section 3)."""
     return (line.partition(" ")[0].upper() in HTTP_METHODS
-            or re.search(r" HTTP/\d(\.\d)?$", line) is not None)
+            or " HTTP/" in line and re.search(r" HTTP/\d(\.\d)?$", line) is not None)
 
 
 def is_header(line: str) -> bool:
@@ -440,6 +431,7 @@ def is_header(line: str) -> bool:
 
 def decode_base64(text: bytes) -> Optional[bytes]:
     """The bytes that `text` stands for, None where it is not base64 (RFC 4648 section 4)."""
+    import base64
     try:
         return base64.b64decode(text, validate=True)
     except (binascii.Error, ValueError):
@@ -540,19 +532,25 @@ class LineTooLong(Exception):
         self.start, self.endless = start, endless
 
 
-def _poll(readers: Iterable[int], writers: Iterable[int], seconds: Optional[float]) -> Set[int]:
-    """Wait for descriptors for at most `seconds` (None: for ever); return those that are ready."""
-    if not hasattr(select, "poll"):
-        ready = select.select(readers, writers, (), seconds)
-        return {*ready[0], *ready[1]}
-    poll = select.poll()
-    for descriptor in readers:
-        poll.register(descriptor, select.POLLIN)
-    for descriptor in writers:
-        poll.register(descriptor, select.POLLOUT)
-    # Rounded up: to wake too early is to look twice.
-    milliseconds = None if seconds is None else -int(-1000 * max(seconds, 0.0) // 1)
-    return {descriptor for descriptor, _ in poll.poll(milliseconds)}
+class _Watch:
+    """Waits for descriptors, once or again and again, which is then cheaper."""
+
+    def __init__(self, readers: Iterable[int], writers: Iterable[int] = ()) -> None:
+        self._readers, self._writers = readers, writers
+        self._poll = select.poll() if hasattr(select, "poll") else None
+        if self._poll:
+            for descriptor in readers:
+                self._poll.register(descriptor, select.POLLIN)
+            for descriptor in writers:
+                self._poll.register(descriptor, select.POLLOUT)
+
+    def wait(self, seconds: Optional[float]) -> List[int]:
+        """Wait for so many seconds, 0 or more, or for ever; return which descriptors are ready."""
+        if not self._poll:
+            ready = select.select(self._readers, self._writers, (), seconds)
+            return ready[0] + ready[1]
+        milliseconds = None if seconds is None else 1000 * seconds
+        return [descriptor for descriptor, _ in self._poll.poll(milliseconds)]
 
 
 class Slots:
@@ -602,6 +600,7 @@ class Wire:
         self._input = bytearray()
         self._output = bytearray()
         self._unheard = False       # the client takes no more replies
+        self._client_or_stop = _Watch((source, slots.descriptor))
 
     @classmethod
     def of_socket(cls, connection: socket.socket, slots: Slots, timeout: float) -> Wire:
@@ -614,8 +613,10 @@ class Wire:
     @classmethod
     def of_descriptors(cls, source: int, sink: int, slots: Slots, timeout: float) -> Wire:
         """The wire on two descriptors, which are left as they are: others may share them."""
+        ready_to_take = _Watch((), (sink,))
+
         def send(data: bytes) -> int:
-            if not _poll((), (sink,), 0):
+            if not ready_to_take.wait(0):
                 raise BlockingIOError
             return os.write(sink, data[:512])   # POSIX's PIPE_BUF: what fits when one may write
         return cls(source, sink, lambda size: os.read(source, size), send, lambda: None, slots,
@@ -684,7 +685,7 @@ class Wire:
     def has_left(self) -> bool:
         """Whether the client has closed its side, asked without waiting for it."""
         try:
-            if not (self._unheard or self._input) and _poll((self._source,), (), 0):
+            if not (self._unheard or self._input) and _Watch((self._source,)).wait(0):
                 self._input += self._pull(time.monotonic() + 1.0)
         except Gone:
             return True
@@ -710,7 +711,7 @@ class Wire:
         """Return the next bytes of the client's, after sending it what there is to send."""
         self.flush()
         while True:
-            self._wait((self._source,), (), deadline, idle)
+            self._wait(True, deadline, idle)
             try:
                 data = self._receive(CHUNK)
             except (BlockingIOError, InterruptedError):
@@ -730,30 +731,35 @@ class Wire:
             try:
                 data = data[self._send(data):]
             except (BlockingIOError, InterruptedError):
-                self._wait((), (self._sink,), deadline)
+                self._wait(False, deadline)
             except OSError:
                 self._unheard = True
 
-    def _wait(self, readers: Tuple[int, ...], writers: Tuple[int, ...], deadline: float,
-              idle: bool = False) -> None:
+    def _wait(self, reading: bool, deadline: float, idle: bool = False) -> None:
         """Wait for the client; `idle` says that it is in the middle of nothing."""
-        slots, since = self._slots, time.monotonic()
-        while True:
-            now, limit = time.monotonic(), deadline
-            wakers: Tuple[int, ...] = ()
+        slots, client = self._slots, self._source if reading else self._sink
+        now = time.monotonic()
+        # Nobody tells a session that the slots have been filled: it looks now and then.
+        look_at = now + FULL_TIMEOUT
+        while now < deadline:
+            until = deadline
             if slots.drain_until is None:
-                wakers = (slots.descriptor,)
+                if now >= look_at:
+                    if slots.full:
+                        raise Silent
+                    look_at = now + 1.0
+                if look_at < until:
+                    until = look_at
+                watch = self._client_or_stop if reading else _Watch((slots.descriptor,), (client,))
             elif idle or now >= slots.drain_until:
                 raise Stopping
             else:
-                limit = min(limit, slots.drain_until)
-            if now >= limit or wakers and slots.full and now >= since + FULL_TIMEOUT:
-                raise Silent
-            # Nobody tells a session that the slots have been filled: it looks, once a second.
-            look = max(since + FULL_TIMEOUT, now + 1.0)
-            ready = _poll(readers + wakers, writers, min(limit, look) - now)
-            if not ready.isdisjoint(readers + writers):
+                until = min(until, slots.drain_until)
+                watch = _Watch((client,)) if reading else _Watch((), (client,))
+            if client in watch.wait(until - now):
                 return
+            now = time.monotonic()
+        raise Silent
 
 
 class TLSWire(Wire):
@@ -1229,7 +1235,8 @@ class Session:
 
         Raises Refused where the client cancels, or answers no base64.
         """
-        self._write(Reply(334, "", base64.b64encode(challenge).decode()))
+        prompt = binascii.b2a_base64(challenge, newline=False).decode()
+        self._write(Reply(334, "", prompt))
         response = without_end(self._read_line()).decode("latin-1")
         self._debug("C: (hidden)")
         if response == "*":
@@ -1430,9 +1437,10 @@ class Command:
     def check(self, address: str, mail: object = None) -> None:
         """Raise PermanentFailure where anything on its way could read `address` as code."""
         # What a command may take for an option, a program, or a file.
-        bare = not re.search('@[^"@]*$', address)
-        if (address.startswith(("-", "|")) or address.endswith("|")
-                or bare and ("/" in address or address.startswith("+"))):
+        unsafe = address.startswith(("-", "|")) or address.endswith("|")
+        if address.startswith("+") or "/" in address:
+            unsafe = unsafe or not re.search('@[^"@]*$', address)       # it has no domain
+        if unsafe:
             raise PermanentFailure("Address not safe for a command", 553)
         if self._reparsed and not is_inert(address):
             raise PermanentFailure("Address not safe here: " + self._reparsed, 553)
@@ -1457,7 +1465,6 @@ class Command:
 
     def abandon(self) -> None:
         """Send SIGTERM to all commands that run now."""
-        import signal
         for run in list(self._runs):
             run.kill(signal.SIGTERM)
 
@@ -1610,7 +1617,6 @@ class _Run:
 
     def finish(self, seconds: float) -> None:
         """Feed the command and wait for its end, which after `seconds` is brought about."""
-        import signal
         deadline, signals = time.monotonic() + seconds, [signal.SIGTERM, signal.SIGKILL]
         try:
             while not self._ended:
@@ -1635,7 +1641,7 @@ class _Run:
         elif self._at_once:     # to wait for the end of its standard error is to be woken twice
             readers, seconds = [self._pidfd], min(seconds, 0.01)
         self._at_once = False
-        ready = _poll(readers, [] if self._feed is None else [self._feed], seconds)
+        ready = _Watch(readers, [] if self._feed is None else [self._feed]).wait(seconds)
         if self._feed in ready:
             self._feed_more()
         if self._pidfd is None or self._pidfd in ready:
@@ -1655,7 +1661,6 @@ class _Run:
 
     def _reap(self) -> None:
         """Take the status of the command, if it has ended."""
-        import signal
         with self._lock:
             try:
                 pid, status = os.waitpid(self._pid, os.WNOHANG)
@@ -1700,7 +1705,7 @@ class _Run:
     def _close(self) -> None:
         """Read the rest of the head, where anybody wants to know; give back all descriptors."""
         while (self.status != 0 and self._stderr is not None
-               and len(self.errors) < MAX_ERROR_OUTPUT and _poll((self._stderr,), (), 0)):
+               and len(self.errors) < MAX_ERROR_OUTPUT and _Watch((self._stderr,)).wait(0)):
             self._read_errors()
         self._stop_feeding()
         for descriptor in (self._stderr, self._pidfd):
@@ -1744,7 +1749,6 @@ class _Starter:
 
     def __call__(self, program: str, arguments: List[bytes],
                  descriptors: Tuple[int, int, int]) -> int:
-        import errno
         # Where this process has no descriptors 0 to 2, these may stand in each other's way.
         start = self._popen if min(descriptors[::2]) < 3 else self._start
         try:
@@ -1795,17 +1799,14 @@ def _posix_spawn(environment: Dict[bytes, bytes]) -> Start:
     variables = strings([b"%b=%b" % variable for variable in environment.items()])
 
     def start(program: str, arguments: List[bytes], descriptors: Tuple[int, int, int]) -> int:
-        actions, pid = block(), ctypes.c_int()
-        glibc.posix_spawn_file_actions_init(actions)
-        try:
-            for number, descriptor in enumerate(descriptors):
-                if number != descriptor:
-                    add_dup2(actions, descriptor, number)
-            add_close_from(actions, 3)
-            error = spawn(ctypes.byref(pid), os.fsencode(program), actions, attributes,
-                          strings(arguments), variables)
-        finally:
-            glibc.posix_spawn_file_actions_destroy(actions)
+        actions, pid, words = block(), ctypes.c_int(), strings(arguments)
+        error = glibc.posix_spawn_file_actions_init(actions)
+        for number, descriptor in enumerate(descriptors):
+            if number != descriptor:
+                error = error or add_dup2(actions, descriptor, number)
+        error = error or add_close_from(actions, 3) or spawn(
+            ctypes.byref(pid), os.fsencode(program), actions, attributes, words, variables)
+        glibc.posix_spawn_file_actions_destroy(actions)
         if error:
             raise OSError(error, os.strerror(error), program)
         return pid.value
@@ -1886,8 +1887,9 @@ class Server:
         self.host, self.port = self._hosts[0], port
         self.addresses: List[Peer] = []
         self._port, self._sockets = port, sockets
-        self._settings = Settings(deliver, check=check, tls=tls, starttls=starttls,
-                                  received=received, max_size=max_size, timeout=timeout)
+        # A command's rule for addresses must not be forgotten: it keeps them from the shell.
+        check = check or (deliver.check if isinstance(deliver, Command) else None)
+        self._settings = Settings(deliver, check, tls, starttls, received, max_size, timeout)
         self._authenticate = authenticate
         self._session, self._max_sessions = session, max_sessions
         self._log = _library_log() if log is None else log
@@ -1899,13 +1901,12 @@ class Server:
     @property
     def tls(self) -> Optional[ssl.SSLContext]:
         """The context of sessions that begin from now on. Another one may be set at any time."""
-        return self._settings.tls
+        context: Optional[ssl.SSLContext] = self._settings.tls
+        return context
 
     @tls.setter
     def tls(self, context: ssl.SSLContext) -> None:
-        settings = copy.copy(self._settings)    # those that are shared never change
-        settings.tls = context
-        self._settings = settings
+        self._settings = self._settings._replace(tls=context)
 
     def __enter__(self) -> Server:
         if not self._slots:
@@ -2126,7 +2127,7 @@ class _Crew:
     def _accept_ready(self) -> Optional[Tuple[socket.socket, object]]:
         """Wait, and return a client, or None where it has left again or the server stops."""
         listeners = {listener.fileno(): listener for listener in self._listeners}
-        for descriptor in _poll((self._slots.descriptor, *listeners), (), None):
+        for descriptor in _Watch((self._slots.descriptor, *listeners)).wait(None):
             if descriptor in listeners:
                 with contextlib.suppress(BlockingIOError, ConnectionAbortedError):
                     return listeners[descriptor].accept()
@@ -2141,7 +2142,6 @@ class _SignalWaker:
     """
 
     def __init__(self) -> None:
-        import signal
         import socket
         self.pause: Optional[float] = 0.5
         self._reader, self._writer = socket.socketpair()
@@ -2156,12 +2156,11 @@ class _SignalWaker:
 
     def wait_for(self, descriptor: int) -> None:
         """Wait until `descriptor` is ready, a signal has come, or somebody has to look."""
-        if self._reader.fileno() in _poll((descriptor, self._reader.fileno()), (), self.pause):
+        if self._reader.fileno() in _Watch((descriptor, self._reader.fileno())).wait(self.pause):
             self._reader.recv(CHUNK)
 
     def close(self) -> None:
         """Leave signals as they were."""
-        import signal
         if self.pause is None:
             signal.set_wakeup_fd(-1)
         self._reader.close()
@@ -2279,7 +2278,6 @@ def _settle(inetd: bool) -> None:
         os.dup2(os.open(os.devnull, os.O_RDWR), 2)
     os.environ.setdefault("PATH", DEFAULT_PATH)
     if os.name == "posix":
-        import signal
         signal.pthread_sigmask(signal.SIG_SETMASK, ())
         # Python itself ignores these two, and subprocess restores them. With SIGCHLD ignored no
         # exit status is to be had.
@@ -2651,7 +2649,6 @@ def _run_daemon(options: argparse.Namespace, log: Log) -> int:
 
 def _start_server(server: Server, options: argparse.Namespace) -> None:
     """Start the server. Raises StartError, with a hint at what to do about it."""
-    import errno
     try:
         server.start()
     except (OSError, RuntimeError) as error:
@@ -2687,7 +2684,6 @@ class _Stop:
     """
 
     def __init__(self, server: Server, command: Command, patience: float) -> None:
-        import signal
         self._server, self._command, self._patience = server, command, patience
         self.asked = False
         numbers = [signal.SIGTERM, signal.SIGINT]
@@ -2712,7 +2708,6 @@ class _Reload:
     """What SIGHUP does: the log is reopened, and the certificate loaded anew."""
 
     def __init__(self, server: Server, log: Log, options: argparse.Namespace) -> None:
-        import signal
         self._server, self._log, self._options = server, log, options
         self._asked = self._busy = False
         if hasattr(signal, "SIGHUP") and not os.isatty(2):      # or else it ends the server

@@ -71,7 +71,7 @@ __all__ = ["Server", "Session", "Mail", "Peer", "Reply", "Command", "TemporaryFa
            "PermanentFailure", "Refused", "Disconnect", "one_user", "smtpd_handler", "main"]
 
 # ---------------------------------------------------------------------------------------------
-# Limits
+# Limits: those to choose are arguments of Server and Command, to set them here may do nothing
 # ---------------------------------------------------------------------------------------------
 
 MAX_SIZE = 64 * 1024 * 1024        # bytes of mail data as received; at least 64 K: 4.5.3.1.7
@@ -96,6 +96,7 @@ KILL_DELAY = 5.0                   # seconds from a command's SIGTERM to its SIG
 AUTH_DELAY = 1.0                   # seconds by which a failure, and what follows it, is late
 AUTH_MEMORY = 60.0                 # seconds for which a failure makes every answer late
 GRACE = 30.0                       # seconds that the program gives mail data when it is stopped
+SHORT_PAUSE = 0.0005               # seconds until the first look whether a command has ended
 LISTEN_QUEUE = 4096                # clients that wait; the kernel may cut it, Linux to somaxconn
 CHUNK = 65536                      # bytes per read: still in the processor's cache when searched
 
@@ -221,7 +222,7 @@ class Spool:
         elif size > CHUNK and not self.has_descriptor:
             try:
                 memory = os.memfd_create("msmtpd")
-            except (AttributeError, OSError):   # not Linux
+            except (AttributeError, OSError):   # not Linux, or forbidden
                 pass
             else:
                 self._move(open(memory, "w+b"))
@@ -358,7 +359,7 @@ _LOCAL_PART = r"""(?:%s+|"(?:[^\x00-\x1f\x7f"\\]|\\[ -~])*")""" % _ATEXT
 # Named by what it is not: a set that reaches to U+10FFFF takes 45 ms to compile.
 _LETTER = r"[^\x00-/:-@\[-^`{-\x7f]"
 _LABEL = r"%s(?:(?:%s|-)*%s)?" % (_LETTER, _LETTER, _LETTER)
-_LITERAL = (r"\[(?:\d{1,3}(?:\.\d{1,3}){3}|IPv6:[0-9A-Fa-f:.]+"
+_LITERAL = (r"\[(?:[0-9]{1,3}(?:\.[0-9]{1,3}){3}|IPv6:[0-9A-Fa-f:.]+"
             r"|(?!IPv6:)[0-9A-Za-z-]*[0-9A-Za-z]:[!-Z^-~]+)\]")
 _DOMAIN = r"(?:%s(?:\.%s)*|%s)" % (_LABEL, _LABEL, _LITERAL)
 _MAILBOX = r"%s(?:@%s)?" % (_LOCAL_PART, _DOMAIN)
@@ -562,6 +563,7 @@ class Slots:
 
     def __init__(self, wake_reader: Any, wake_writer: Any) -> None:
         self._reader, self._writer = wake_reader, wake_writer
+        self._pid = os.getpid()
         self.descriptor: int = wake_reader.fileno()
         self.full = False
         # On time.monotonic()'s clock: until when mail data may come once the server stops, and
@@ -574,7 +576,14 @@ class Slots:
         until = time.monotonic() + grace
         self.leave_at = min(self.leave_at, until + patience)
         self.drain_until = until if self.drain_until is None else min(self.drain_until, until)
+        if not self.is_copy() and hasattr(self._writer, "shutdown"):
+            with contextlib.suppress(OSError):      # closed before
+                self._writer.shutdown(2)            # SHUT_RDWR, also of what a fork has copied
         self._writer.close()
+
+    def is_copy(self) -> bool:
+        """Whether this is what a fork copied, without the threads of the sessions."""
+        return os.getpid() != self._pid
 
     def close(self) -> None:
         """Give back the descriptors. Nobody may wait for them."""
@@ -1418,14 +1427,26 @@ class Command:
     processes.
 
     Where the words need no shell the program is started directly, otherwise by ``sh -c``, of
-    whose text the recipients are no part. Only its exit status decides: see EXIT_REPLIES. After
-    `timeout` its process group gets SIGTERM, KILL_DELAY seconds later SIGKILL, and the client 451.
+    whose text the recipients are no part, with the environment that there is when this is made.
+    Only its exit status decides: see EXIT_REPLIES. After `timeout` its process group gets SIGTERM,
+    KILL_DELAY seconds later SIGKILL, and the client 451. On systems without glibc 2.34 it inherits
+    what signals this process ignores and blocks.
     """
 
     def __init__(self, text: str = "msmtp -f %F --", *, timeout: float = DELIVERY_TIMEOUT,
                  stdout: Optional[int] = None) -> None:
         if os.name != "posix":
             raise ValueError("a command needs a POSIX system; give Server a function instead")
+        if signal.getsignal(signal.SIGCHLD) is signal.SIG_IGN:
+            raise ValueError("this process ignores SIGCHLD, so that no exit status is to be had")
+        if stdout == 0:
+            raise ValueError("stdout cannot be descriptor 0, which is the command's mail")
+        for number in range(3):
+            try:
+                os.fstat(number)
+            except OSError:
+                raise ValueError("descriptor %d of this process is closed; open %s in its place"
+                                 % (number, os.devnull)) from None
         self.text, self._timeout = text, timeout
         self._stdout = 1 if stdout is None else stdout
         self.warnings: List[str] = []
@@ -1449,6 +1470,9 @@ class Command:
         """Run the command on `mail`. Raises TemporaryFailure and PermanentFailure."""
         for address in (mail.sender, *mail.recipients):
             self.check(address)
+        for other in list(self._runs):
+            if other.left and other.reap():
+                self._runs.discard(other)
         try:
             run = _Run(self._start, self._program, self._arguments(mail), mail, self._stdout)
             self._runs.add(run)
@@ -1459,7 +1483,8 @@ class Command:
         try:
             run.finish(self._timeout)
         finally:
-            self._runs.discard(run)
+            if not run.left:
+                self._runs.discard(run)
         mail.outcome = "exit=" + run.outcome
         self._judge(run)
 
@@ -1563,7 +1588,9 @@ def _last_command(bare: str) -> List[str]:
     What precedes a command, assignments, redirections and reserved words, is left out: the word
     behind it would be the program.
     """
-    bare = re.sub(r"\$\([^()]*\)|`[^`]*`", "x", bare)
+    before = ""
+    while bare != before:       # from the innermost parentheses outwards
+        before, bare = bare, re.sub(r"\$?\([^()]*\)|`[^`]*`", "x", bare)
     bare = re.sub(r"[0-9]*(?:>>|>\||[<>]&|<<|<>|[<>])\s*[^\s;&|<>()]*", " ", bare)
     words = re.split("[;&|()]", bare)[-1].split()
     while words and re.fullmatch(r"\w+=.*|[!{]|do|then|else|elif|if|while|until", words[0]):
@@ -1574,8 +1601,8 @@ def _last_command(bare: str) -> List[str]:
 class _Run:
     """One run of the command, in a session, and so a process group, of its own.
 
-    status: as subprocess has it, None where it was lost. timed_out: whether it was ended.
-    errors: the head of its standard error.
+    status: as subprocess has it, None where it was lost. timed_out: whether its time ran out.
+    errors: the head of its standard error. left: whether it goes on, since nothing could end it.
     """
 
     def __init__(self, start: Start, program: str, arguments: List[bytes], mail: Mail,
@@ -1584,10 +1611,9 @@ class _Run:
         self.status: Optional[int] = None
         self.timed_out = False
         self.errors = b""
-        self._ended = False
-        # So that no signal goes to a process that was reaped; the signal's own handler may take it.
-        self._lock = threading.RLock()
-        self._pause = 0.0005                # between looks at a process that cannot be polled
+        self.left = self._ended = False
+        self._lock = threading.Lock()       # held while it is reaped: no signal goes to another
+        self._pause = SHORT_PAUSE           # between looks at a process that cannot be polled
         self._at_once = True                # it may end before it is worth while to look closer
         self._feed: Optional[int] = None    # these three are descriptors
         self._stderr: Optional[int] = None
@@ -1602,8 +1628,8 @@ class _Run:
         except BaseException:
             self._close()
             raise
-        # Linux with Python 3.9, and where it is not forbidden
-        with contextlib.suppress(AttributeError, OSError):
+        # Linux with Python 3.9, where it is not forbidden; elsewhere the process is looked at.
+        with contextlib.suppress(AttributeError, OSError, MemoryError):
             self._pidfd = os.pidfd_open(self._pid)
 
     @property
@@ -1623,13 +1649,16 @@ class _Run:
                 now = time.monotonic()
                 if now >= deadline:
                     self.timed_out = True
+                    if not signals:     # another user's, or stuck in the kernel
+                        break
                     self.kill(signals.pop(0))
-                    deadline = now + KILL_DELAY if signals else float("inf")
+                    deadline = now + KILL_DELAY
                 self._work(min(deadline - now, 3600.0))
         except BaseException:
             self.kill(signal.SIGKILL)
             raise
         finally:
+            self.left = not self._ended
             self._close()
 
     def _work(self, seconds: float) -> None:
@@ -1645,22 +1674,25 @@ class _Run:
         if self._feed in ready:
             self._feed_more()
         if self._pidfd is None or self._pidfd in ready:
-            self._reap()
+            self.reap()
         if self._stderr in ready and not self._ended:
             self._read_errors()
 
     def kill(self, number: int) -> None:
         """Send a signal to the whole process group, unless the command has ended."""
-        with self._lock:
-            if not self._ended:
-                self._kill_group(number)
+        if self._lock.acquire(blocking=False):      # or else it is being reaped
+            try:
+                if not self._ended:
+                    self._kill_group(number)
+            finally:
+                self._lock.release()
 
     def _kill_group(self, number: int) -> None:
         with contextlib.suppress(ProcessLookupError, PermissionError):
             os.killpg(self._pid, number)
 
-    def _reap(self) -> None:
-        """Take the status of the command, if it has ended."""
+    def reap(self) -> bool:
+        """Take the status of the command, if it has ended; return whether it has."""
         with self._lock:
             try:
                 pid, status = os.waitpid(self._pid, os.WNOHANG)
@@ -1668,13 +1700,14 @@ class _Run:
                 # Somebody in this process waits for all children, or ignores SIGCHLD.
                 pid, status = -1, 0
             if pid == 0:
-                return
+                return False
             self._ended = True
             if pid > 0:
                 self.status = (-os.WTERMSIG(status) if os.WIFSIGNALED(status)
                                else os.WEXITSTATUS(status))
             if self.timed_out:
                 self._kill_group(signal.SIGKILL)    # those that the command left behind
+            return True
 
     def _feed_more(self) -> None:
         """Write what the command's standard input takes of the mail."""
@@ -1700,7 +1733,7 @@ class _Run:
         self.errors += data[:MAX_ERROR_OUTPUT - len(self.errors)]
         if not data:
             os.close(self._stderr)
-            self._stderr = None
+            self._stderr, self._pause = None, SHORT_PAUSE   # its end is near
 
     def _close(self) -> None:
         """Read the rest of the head, where anybody wants to know; give back all descriptors."""
@@ -1741,7 +1774,8 @@ class _Starter:
     """
 
     def __init__(self) -> None:
-        self._environment = dict(os.environb)
+        # By its names, since another thread may change it meanwhile.
+        self._environment = {name: os.environb.get(name, b"") for name in list(os.environb)}
         try:
             self._start = _posix_spawn(self._environment)
         except (ImportError, AttributeError, OSError, MemoryError):     # no ctypes, or no glibc
@@ -1749,23 +1783,22 @@ class _Starter:
 
     def __call__(self, program: str, arguments: List[bytes],
                  descriptors: Tuple[int, int, int]) -> int:
-        # Where this process has no descriptors 0 to 2, these may stand in each other's way.
-        start = self._popen if min(descriptors[::2]) < 3 else self._start
+        if min(descriptors[::2]) < 3:       # they could stand in each other's way
+            raise OSError(errno.EBADF, "a descriptor of 0 to 2 of this process was closed")
         try:
-            return start(program, arguments, descriptors)
+            return self._start(program, arguments, descriptors)
         except OSError as error:
             if error.errno != errno.ENOEXEC:
                 raise
         # A script without #! is the shell's, as execvp(3) has it.
-        return start("/bin/sh", [b"sh", os.fsencode(program), *arguments[1:]], descriptors)
+        return self._start("/bin/sh", [b"sh", os.fsencode(program), *arguments[1:]], descriptors)
 
     def _popen(self, program: str, arguments: List[bytes],
                descriptors: Tuple[int, int, int]) -> int:
         import subprocess
         stdin, stdout, stderr = descriptors
-        process = subprocess.Popen(arguments, executable=program, stdin=stdin,
-                                   stdout=None if stdout == 1 else stdout, stderr=stderr,
-                                   env=self._environment, start_new_session=True)
+        process = subprocess.Popen(arguments, executable=program, stdin=stdin, stdout=stdout,
+                                   stderr=stderr, env=self._environment, start_new_session=True)
         process.returncode = 0      # so that subprocess leaves it to us
         return process.pid
 
@@ -1802,8 +1835,7 @@ def _posix_spawn(environment: Dict[bytes, bytes]) -> Start:
         actions, pid, words = block(), ctypes.c_int(), strings(arguments)
         error = glibc.posix_spawn_file_actions_init(actions)
         for number, descriptor in enumerate(descriptors):
-            if number != descriptor:
-                error = error or add_dup2(actions, descriptor, number)
+            error = error or add_dup2(actions, descriptor, number)
         error = error or add_close_from(actions, 3) or spawn(
             ctypes.byref(pid), os.fsencode(program), actions, attributes, words, variables)
         glibc.posix_spawn_file_actions_destroy(actions)
@@ -1997,18 +2029,24 @@ class Server:
         Returns whether all went well: no 421, no transaction cut off, each mail delivered.
         """
         reader, writer = os.pipe()
-        self._slots = slots = Slots(io.FileIO(reader), io.FileIO(writer, "w"))
-        wire = Wire.of_descriptors(source, sink, slots, self._settings.timeout)
-        # No memory of failures outlives this process.
-        authenticator = self._authenticate and Authenticator(self._authenticate, always_late=True)
-        return self._session(wire, self._settings, authenticator, self._log, 1,
-                             _peer_behind(source)).run()
+        with contextlib.closing(Slots(io.FileIO(reader), io.FileIO(writer, "w"))) as slots:
+            self._slots = slots
+            wire = Wire.of_descriptors(source, sink, slots, self._settings.timeout)
+            # No memory of failures outlives this process.
+            authenticator = self._authenticate and Authenticator(self._authenticate, True)
+            session = self._session(wire, self._settings, authenticator, self._log, 1,
+                                    _peer_behind(source))
+            try:
+                return session.run()
+            finally:
+                self._slots = None
 
     def _serve(self, client: socket.socket, name: object, slots: Slots,
                authenticator: Optional[Authenticator]) -> None:
         """Serve one client to the end."""
         import socket
-        if isinstance(name, tuple):     # or else the last of two small replies may wait 40 ms
+        # Or else the last of two small replies may wait 40 ms. Some fail where the client has left.
+        with contextlib.suppress(OSError):
             client.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         wire = Wire.of_socket(client, slots, self._settings.timeout)
         self._session(wire, self._settings, authenticator, self._log, next(self._numbers),
@@ -2058,7 +2096,8 @@ class _Crew:
         Returns whether anybody may do so: False in one of these threads.
         """
         import threading
-        with self._door:        # who stood there has left
+        # Who stood at the door has left, but for those in the other process after a fork.
+        with contextlib.nullcontext() if self._slots.is_copy() else self._door:
             for listener in self._listeners:
                 listener.close()
         if threading.current_thread() in self._threads:
@@ -2148,7 +2187,7 @@ class _SignalWaker:
         self._reader.setblocking(False)
         self._writer.setblocking(False)
         with contextlib.suppress(ValueError):       # not in the main thread
-            before = signal.set_wakeup_fd(self._writer.fileno())
+            before = signal.set_wakeup_fd(self._writer.fileno(), warn_on_full_buffer=False)
             if before == -1:
                 self.pause = None
             else:
@@ -2191,6 +2230,7 @@ def _peer_behind(descriptor: int) -> Peer:
 def _listen(hosts: Sequence[str], port: int) -> List[socket.socket]:
     """Return sockets that listen on all of `hosts`; where `port` is 0, on one free port."""
     import socket
+    hosts = list(hosts)
     with contextlib.ExitStack() as opened:
         listeners: List[socket.socket] = []
         for host in hosts:
@@ -2205,7 +2245,10 @@ def _listen(hosts: Sequence[str], port: int) -> List[socket.socket]:
             if info[0] == socket.AF_INET6:
                 # :: is for IPv4 too, where no other of the sockets is.
                 alone = host != "::" or any(":" not in other for other in hosts)
-                listener.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, alone)
+                try:
+                    listener.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, alone)
+                except OSError:         # OpenBSD has none for both
+                    hosts.append("0.0.0.0")
             listener.bind(info[4])
             listener.listen(LISTEN_QUEUE)
             port = listener.getsockname()[1]
@@ -2259,7 +2302,8 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
     except (StartError, OSError, KeyboardInterrupt, EOFError) as error:
         text = " ".join(str(error).split()) or "interrupted before the start"
         if inetd:
-            os.write(1, b"421 4.3.0 Cannot start; the log, if there is one, says why\r\n")
+            with contextlib.suppress(OSError):
+                os.write(1, b"421 4.3.0 Cannot start; the log, if there is one, says why\r\n")
             log = _log_named_in(arguments) if isinstance(log, ErrorsOnly) else log
         log.error("%s", text)
         if not (inetd or isinstance(log, ErrorsOnly)):
@@ -2630,10 +2674,10 @@ def _run_daemon(options: argparse.Namespace, log: Log) -> int:
     notify = os.environ.pop("NOTIFY_SOCKET", "")
     server, command = _make_server(options, log, None)
     stop = _Stop(server, command, options.delivery_timeout + 3 * KILL_DELAY)
+    _Reload(server, log, options)
     _start_server(server, options)
     if stop.asked:              # maybe before there was anything to stop
         stop.drain()
-    _Reload(server, log, options)
     on_terminal = os.isatty(2) and options.log != "-"
     _announce(server, log, options, on_terminal)
 

@@ -991,7 +991,8 @@ class AddressRule(unittest.TestCase):
     def test_commands_that_cannot_work(self):
         for text in ("", "  ", "cat\ncat", "cat;", "cat &", "cat | ", "cat >", "cat <", "cat &&",
                      ">out", "cat; <in", "A=b", "cat && A=b C=d", "true && !", "if", "cat \\",
-                     "cat | { ", "2>&1", "while",
+                     "cat | { ", "2>&1", "while", "A=$(true)",
+                     "A=$(echo $(true))", "cat; B=$((1+(2)))", "cat > $(echo $(true))x; > y",
                      "cat 'x", 'cat "x', "if cat", "cat )", "cat ${"):
             with self.subTest(text), self.assertRaises(ValueError):
                 msmtpd.Command(text)
@@ -999,7 +1000,10 @@ class AddressRule(unittest.TestCase):
     def test_commands_that_may_not_work(self):
         for text, count in (("cat # %F", 1), ("cat %F #", 1), ("nosuchprogram %F", 1),
                             ("./nosuchprogram %F", 1), ("cat 'a # b'", 0), ("cat a#b", 0),
-                            ("exec cat", 0), ("cat $(true)", 0)):
+                            ("exec cat", 0), ("cat $(true)", 0), ("cat $(echo $(true))", 0),
+                            ("cat - x$((1+1))", 0), ("tee -a $(echo $(((1+1)*2)))", 0),
+                            ("f() { cat; }; f", 0), ("(true; true) && cat", 0),
+                            ("case x in x) cat;; esac; cat", 0)):
             with self.subTest(text):
                 self.assertEqual(len(msmtpd.Command(text).warnings), count)
 
@@ -1118,6 +1122,24 @@ class Delivery(ProgramCase):
                     pid = int(file.read())
                 wait_for(lambda pid=pid: not is_running(pid), "the rest of the group to end")
 
+    def test_one_that_cannot_be_ended_holds_nothing_up(self):
+        command = msmtpd.Command(self.script(
+            "hang", "#!/bin/sh\nread line\n[ \"$line\" = x ] || exit 0\n"
+            "echo $$ > %s/pid\nexec sleep 60\n" % self.folder), timeout=0.2)
+        mail = msmtpd.Mail("a@b", ["c@d"], b"x\n")
+        with mock.patch.object(msmtpd, "KILL_DELAY", 0.1), \
+                mock.patch.object(os, "killpg", side_effect=PermissionError):
+            with self.assertRaises(msmtpd.TemporaryFailure):
+                command(mail)
+        self.assertEqual(mail.outcome, "exit=timeout")
+        with open(os.path.join(self.folder, "pid"), encoding="ascii") as file:
+            pid = int(file.read())
+        self.assertTrue(is_running(pid))
+        os.kill(pid, signal.SIGKILL)
+        wait_for(lambda: not is_running(pid), "its end")
+        command(msmtpd.Mail("a@b", ["c@d"], b"y\n"))       # which reaps it
+        self.assertRaises(ChildProcessError, os.waitpid, pid, os.WNOHANG)
+
     def test_children_left_behind_hold_nothing_up(self):
         script = self.script("fork", "#!/bin/sh\nsleep 60 <&0 &\necho $! > %s/pid\n" % self.folder)
         started = time.monotonic()
@@ -1190,15 +1212,24 @@ class Delivery(ProgramCase):
             self.assertEqual((failure.code, failure.enhanced), (451, "4.3.0"))
         self.assertEqual(self.delivered(), [])
 
-    def test_where_its_host_has_no_descriptors(self):
+    def test_where_its_host_lacks_a_descriptor(self):
         script = ("import os, sys; sys.path.append(sys.argv[1]); import msmtpd\n"
+                  "number = int(sys.argv[3])\n"
                   "command = msmtpd.Command(sys.argv[2])\n"
-                  "for number in range(3): os.close(number)\n"
-                  "mail = msmtpd.Mail('a@b', ['c@d'], b'x\\n')\n"
-                  "command(mail); os._exit(mail.outcome != 'exit=0')")
-        subprocess.run([sys.executable, "-c", script, os.path.dirname(PROGRAM), self.capture],
-                       timeout=PATIENCE, check=True)
-        self.assertEqual(self.delivered(), [(["c@d"], b"x\n")])
+                  "os.close(number)\n"
+                  "try: command(msmtpd.Mail('a@b', ['c@d'], b'x\\n'))\n"
+                  "except msmtpd.TemporaryFailure: pass\n"
+                  "else: os._exit(1)\n"
+                  "try: msmtpd.Command(sys.argv[2])\n"
+                  "except ValueError as error: os._exit('closed' not in str(error))\n"
+                  "os._exit(2)")
+        for number in range(3):
+            with self.subTest(number):
+                subprocess.run([sys.executable, "-c", script, os.path.dirname(PROGRAM),
+                                self.capture, str(number)], timeout=PATIENCE, check=True)
+        self.assertEqual(self.delivered(), [])
+        with self.assertRaises(ValueError):
+            msmtpd.Command(self.capture, stdout=0)
 
     @unittest.skipUnless(HAS_POSIX_SPAWN, "no glibc 2.34")
     def test_python_need_not_stand_still_while_it_is_started(self):
@@ -1223,6 +1254,7 @@ class Delivery(ProgramCase):
                         self.test_its_words_end_the_reply, self.test_what_it_inherits,
                         self.test_its_environment_is_that_of_when_it_was_made,
                         self.test_a_lost_status_is_no_success,
+                        self.test_one_that_cannot_be_ended_holds_nothing_up,
                         self.test_no_descriptor_is_left_open)
 
     def repeat(self, *tests):
@@ -1233,12 +1265,16 @@ class Delivery(ProgramCase):
             test()
 
     def test_a_lost_status_is_no_success(self):
+        command, mail = msmtpd.Command("true"), msmtpd.Mail("a@b", ["c@d"], b"x\n")
         before = signal.signal(signal.SIGCHLD, signal.SIG_IGN)
         try:
-            failure, outcome = self.run_command("true")
+            with self.assertRaises(msmtpd.TemporaryFailure):
+                command(mail)
+            with self.assertRaisesRegex(ValueError, "SIGCHLD"):     # or clients would try for ever
+                msmtpd.Command("true")
         finally:
             signal.signal(signal.SIGCHLD, before)
-        self.assertEqual((failure.code, outcome), (451, "exit=lost"))
+        self.assertEqual(mail.outcome, "exit=lost")
 
     def test_no_descriptor_is_left_open(self):
         before = open_descriptors()
@@ -1508,6 +1544,24 @@ class Slots(ServerCase):
                 client.open("MAIL FROM:<a@b>", "RCPT TO:<c@d>", "DATA", "x\r\n.")
             self.assertEqual(self.mails[-1].peer.host, host)
 
+    def test_both_stacks_where_no_socket_is_for_both(self):
+        def setsockopt(listener, level, option, value):
+            if (level, option) == (socket.IPPROTO_IPV6, socket.IPV6_V6ONLY) and not value:
+                setsockopt(listener, level, option, 1)
+                raise OSError(errno.EINVAL, "as on OpenBSD")
+            original(listener, level, option, value)
+
+        original = socket.socket.setsockopt
+        with mock.patch.object(socket.socket, "setsockopt", setsockopt):
+            try:
+                server = self.serve(host="::")
+            except OSError:
+                self.skipTest("no IPv6")
+        self.assertEqual([peer.host for peer in server.addresses], ["::", "0.0.0.0"])
+        for host in ("127.0.0.1", "::1"):
+            with Client((host, server.port)) as client:
+                self.assertEqual(client.open()[:3], "250")
+
     def test_several_interfaces_share_a_free_port(self):
         try:
             server = self.serve(host=("127.0.0.1", "::", "127.0.0.1"))
@@ -1518,8 +1572,6 @@ class Slots(ServerCase):
             with Client((host, server.port)) as client:
                 self.assertEqual(client.open()[:3], "250")
 
-
-# The library
 
 # The library
 
@@ -2046,6 +2098,39 @@ for old, new in zip(before, state()):
 """
 
 
+# Forks while a server runs: neither process may wait for the other, or end the other's server.
+FORK = """
+import os, signal, smtplib, sys, time, warnings
+import msmtpd
+warnings.simplefilter("ignore")
+server = msmtpd.Server(print)
+server.start()
+def is_served():
+    with smtplib.SMTP(server.host, server.port, timeout=5) as client:
+        return client.noop()[0] == 250
+assert is_served()
+stops = os.fork()
+if not stops:
+    server.stop()
+    os._exit(0)
+assert os.waitpid(stops, 0)[1] == 0
+assert is_served()
+used = time.process_time()
+time.sleep(0.4)
+assert time.process_time() - used < 0.2     # or else its threads spin
+sleeps = os.fork()
+if not sleeps:
+    time.sleep(60)
+    os._exit(0)
+assert is_served()
+began = time.monotonic()
+server.stop(grace=60, patience=60)
+assert time.monotonic() - began < 5
+os.kill(sleeps, signal.SIGKILL)
+print("fine")
+"""
+
+
 class WhereItIsVendored(unittest.TestCase):
     """The same script in other surroundings, each in a process of its own."""
 
@@ -2081,6 +2166,9 @@ class WhereItIsVendored(unittest.TestCase):
 
     def test_on_what_windows_has(self):
         self.run_script(WINDOWS)
+
+    def test_in_a_process_that_forks(self):
+        self.run_script(FORK)
 
     def test_in_a_process_whose_state_stays_as_it_was(self):
         self.run_script(STATE)

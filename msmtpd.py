@@ -99,7 +99,7 @@ GRACE = 30.0                       # seconds that the program gives mail data wh
 SHORT_PAUSE = 0.0005               # seconds until the first look whether a command has ended
 LISTEN_QUEUE = 4096                # clients that wait; the kernel may cut it, Linux to somaxconn
 CHUNK = 65536                      # bytes per read
-BODY_CHUNK = 196608                # the same of mail data: fewer wake-ups, and still in the cache
+LARGE_CHUNK = 196608               # the same of a large mail: fewer wake-ups, yet in the cache
 
 
 # ---------------------------------------------------------------------------------------------
@@ -678,7 +678,8 @@ class Wire:
                 yield piece
             del piece           # no more than `data` is held while the client is waited for
             held, now = len(data), time.monotonic()
-            data += self._pull(self._timeout + min(now, start + received / MIN_RATE))
+            data += self._pull(self._timeout + min(now, start + received / MIN_RATE),
+                               size=CHUNK if received < CHUNK else LARGE_CHUNK)
             received += len(data) - held
 
     def write(self, data: bytes) -> None:
@@ -718,13 +719,13 @@ class Wire:
             while linger and self._slots.drain_until is None:
                 self._pull(deadline)
 
-    def _pull(self, deadline: float, idle: bool = False) -> bytes:
-        """Return the next bytes of the client's, after sending it what there is to send."""
+    def _pull(self, deadline: float, idle: bool = False, size: int = CHUNK) -> bytes:
+        """Return the client's next bytes, at most `size`, after sending it what there is."""
         self.flush()
         while True:
             self._wait(True, deadline, idle)
             try:
-                data = self._receive(CHUNK if idle else BODY_CHUNK)
+                data = self._receive(size)
             except (BlockingIOError, InterruptedError):
                 continue
             except OSError as error:
@@ -815,10 +816,10 @@ class TLSWire(Wire):
                 super()._push(self._to_send.read(), deadline)
                 self._received.write(super()._pull(deadline, idle))
 
-    def _pull(self, deadline: float, idle: bool = False) -> bytes:
+    def _pull(self, deadline: float, idle: bool = False, size: int = CHUNK) -> bytes:
         self.flush()
         try:
-            data: bytes = self._repeat(lambda: self._tls.read(CHUNK), deadline, idle)
+            data: bytes = self._repeat(lambda: self._tls.read(size), deadline, idle)
         except OSError as error:            # ssl.SSLError is one
             raise Gone from error
         if not data:

@@ -469,12 +469,13 @@ def received_line(name: str, peer: Peer, protocol: str, when: float) -> bytes:
 def mail_date(when: float) -> str:
     """`when`, in seconds since the epoch, as RFC 5322 3.3 writes it, in local time."""
     t = time.localtime(when)
-    days, months = "Mon Tue Wed Thu Fri Sat Sun", "Jan Feb Mar Apr May Jun Jul Aug Sep Oct Nov Dec"
+    days = ("Mon", "Tue", "Wed", "Thu", "Fri", "Sat", "Sun")
+    months = ("Jan", "Feb", "Mar", "Apr", "May", "Jun", "Jul", "Aug", "Sep", "Oct", "Nov", "Dec")
     minutes = (t.tm_gmtoff or 0) // 60
     # strftime would follow the locale.
     return "%s, %d %s %d %02d:%02d:%02d %s%02d%02d" % (
-        days.split()[t.tm_wday], t.tm_mday, months.split()[t.tm_mon - 1], t.tm_year, t.tm_hour,
-        t.tm_min, t.tm_sec, "-" if minutes < 0 else "+", abs(minutes) // 60, abs(minutes) % 60)
+        days[t.tm_wday], t.tm_mday, months[t.tm_mon - 1], t.tm_year, t.tm_hour, t.tm_min, t.tm_sec,
+        "-" if minutes < 0 else "+", abs(minutes) // 60, abs(minutes) % 60)
 
 
 class Transparency:
@@ -1343,6 +1344,8 @@ class Session:
     def _log_mail(self, mail: Mail, reply: Reply, seconds: float) -> None:
         """Say in one line what became of the mail."""
         self._undelivered = self._undelivered or reply.code != 250
+        if not self._log.isEnabledFor(20):
+            return
         status = {2: "sent", 4: "deferred"}.get(reply.code // 100, "failed")
         outcome = " " + mail.outcome if mail.outcome else ""
         sender, *recipients = ("<%s>" % _shown(address).replace(">", "\\x3e")
@@ -1623,12 +1626,15 @@ class _Run:
         self._stderr: Optional[int] = None
         self._pidfd: Optional[int] = None
         try:
-            with contextlib.ExitStack() as lent:
-                stdin, self._feed, self._rest = _open_input(mail)
-                lent.callback(os.close, stdin)
+            stdin, self._feed, self._rest = _open_input(mail)
+            try:
                 self._stderr, stderr = os.pipe()
-                lent.callback(os.close, stderr)
-                self._pid = start(program, arguments, (stdin, stdout, stderr))
+                try:
+                    self._pid = start(program, arguments, (stdin, stdout, stderr))
+                finally:
+                    os.close(stderr)
+            finally:
+                os.close(stdin)
         except BaseException:
             self._close()
             raise

@@ -96,6 +96,7 @@ KILL_DELAY = 5.0                   # seconds from a command's SIGTERM to its SIG
 AUTH_DELAY = 1.0                   # seconds by which a failure, and what follows it, is late
 AUTH_MEMORY = 60.0                 # seconds for which a failure makes every answer late
 GRACE = 30.0                       # seconds that the program gives mail data when it is stopped
+MAX_LEFT = 16                      # commands that nothing can end; with more, mails are deferred
 SHORT_PAUSE = 0.0005               # seconds until the first look whether a command has ended
 LISTEN_QUEUE = 4096                # clients that wait; the kernel may cut it, Linux to somaxconn
 CHUNK = 65536                      # bytes per read
@@ -1477,9 +1478,9 @@ class Command:
         """Run the command on `mail`. Raises TemporaryFailure and PermanentFailure."""
         for address in (mail.sender, *mail.recipients):
             self.check(address)
-        for other in list(self._runs):
-            if other.left and other.reap():
-                self._runs.discard(other)
+        if self._count_left() >= MAX_LEFT:
+            raise TemporaryFailure("Earlier commands do not end", 451, "4.3.0",
+                                   ["%d earlier commands do not end" % MAX_LEFT])
         try:
             run = _Run(self._start, self._program, self._arguments(mail), mail, self._stdout)
             self._runs.add(run)
@@ -1494,6 +1495,12 @@ class Command:
                 self._runs.discard(run)
         mail.outcome = "exit=" + run.outcome
         self._judge(run)
+
+    def _count_left(self) -> int:
+        """Reap those that were left behind and have ended since; return how many have not."""
+        left = [run for run in list(self._runs) if run.left]
+        self._runs.difference_update([run for run in left if run.reap()])
+        return sum(run in self._runs for run in left)
 
     def abandon(self) -> None:
         """Send SIGTERM to all commands that run now."""

@@ -1132,6 +1132,9 @@ class Delivery(ProgramCase):
             with self.assertRaises(msmtpd.TemporaryFailure):
                 command(mail)
         self.assertEqual(mail.outcome, "exit=timeout")
+        with mock.patch.object(msmtpd, "MAX_LEFT", 1), \
+                self.assertRaisesRegex(msmtpd.TemporaryFailure, "do not end"):
+            command(msmtpd.Mail("a@b", ["c@d"], b"y\n"))
         with open(os.path.join(self.folder, "pid"), encoding="ascii") as file:
             pid = int(file.read())
         self.assertTrue(is_running(pid))

@@ -27,6 +27,7 @@ import binascii
 import collections
 import contextlib
 import errno
+import functools
 import io
 import itertools
 import os
@@ -47,7 +48,9 @@ if TYPE_CHECKING:
         Any,
         BinaryIO,
         Callable,
+        Collection,
         Dict,
+        FrozenSet,
         Iterable,
         Iterator,
         List,
@@ -100,6 +103,7 @@ MAX_LEFT = 16                      # commands that nothing can end; with more, m
 SHORT_PAUSE = 0.0005               # seconds until the first look whether a command has ended
 LISTEN_QUEUE = 4096                # clients that wait; the kernel may cut it, Linux to somaxconn
 CHUNK = 65536                      # bytes per read
+GATHERED = 4096                    # bytes of replies that wait for what else is to be sent
 LARGE_CHUNK = 196608               # the same of a large mail: fewer wake-ups, yet in the cache
 
 
@@ -126,10 +130,7 @@ class Reply:
 
     def __bytes__(self) -> bytes:
         """The reply as it is sent: printable ASCII, lines of at most 512 bytes (4.5.3.1.5)."""
-        enhanced = self.enhanced and self.enhanced + " "
-        lines = ["%d-%s%s" % (self.code, enhanced, _plain(line)) for line in self.lines]
-        lines[-1] = lines[-1].replace("-", " ", 1)
-        return "".join([line[:MAX_REPLY_LINE - 2] + "\r\n" for line in lines]).encode("ascii")
+        return _encode(self.code, self.enhanced, self.lines)
 
     def __repr__(self) -> str:
         return "%d %s %s" % (self.code, self.enhanced, " ".join(self.lines))
@@ -250,7 +251,8 @@ class Spool:
             self._file.close()
 
     def __del__(self) -> None:
-        self.close()
+        if self.has_descriptor:     # or else there would be a warning
+            self.close()
 
 
 class Mail:
@@ -271,7 +273,8 @@ class Mail:
         self.tls, self.smtputf8 = tls, smtputf8
         self.outcome = ""
         self.spool = Spool()
-        self.spool.write(data)
+        if data:
+            self.spool.write(data)
 
     @property
     def size(self) -> int:
@@ -334,6 +337,15 @@ def _tell(text: str) -> None:
         os.write(2, ("msmtpd: %s\n" % text).encode("utf-8", "backslashreplace"))
 
 
+@functools.lru_cache(maxsize=64)
+def _encode(code: int, enhanced: str, lines: Sequence[str]) -> bytes:
+    """A reply as it is sent; the same few are sent again and again."""
+    prefix = enhanced and enhanced + " "
+    texts = ["%d-%s%s" % (code, prefix, _plain(line)) for line in lines]
+    texts[-1] = texts[-1].replace("-", " ", 1)
+    return "".join([text[:MAX_REPLY_LINE - 2] + "\r\n" for text in texts]).encode("ascii")
+
+
 def _plain(text: str) -> str:
     """`text` fit for a reply: printable ASCII, as RFC 5321 4.2 wants it."""
     if text.isascii() and text.isprintable():
@@ -360,30 +372,31 @@ _ATEXT = r"""[^\x00-\x20\x7f"(),:;<>@\[\\\]]"""
 _LOCAL_PART = r"""(?:%s+|"(?:[^\x00-\x1f\x7f"\\]|\\[ -~])*")""" % _ATEXT
 # Named by what it is not: a set that reaches to U+10FFFF takes 45 ms to compile.
 _LETTER = r"[^\x00-/:-@\[-^`{-\x7f]"
-_LABEL = r"%s(?:(?:%s|-)*%s)?" % (_LETTER, _LETTER, _LETTER)
+_LABEL = r"{0}+(?:-+{0}+)*".format(_LETTER)
 _LITERAL = (r"\[(?:[0-9]{1,3}(?:\.[0-9]{1,3}){3}|IPv6:[0-9A-Fa-f:.]+"
             r"|(?!IPv6:)[0-9A-Za-z-]*[0-9A-Za-z]:[!-Z^-~]+)\]")
 _DOMAIN = r"(?:%s(?:\.%s)*|%s)" % (_LABEL, _LABEL, _LITERAL)
 _MAILBOX = r"%s(?:@%s)?" % (_LOCAL_PART, _DOMAIN)
-_PATH = (r" *(?:<(?:(?:@{0}(?:,@{0})*:)?(?P<path>{1}))?>|(?P<bare>{1}))(?: +(?P<rest>.*))?"
-         .format(_DOMAIN, _MAILBOX))
+_PATH = re.compile(
+    r" *(?:<(?:(?:@{0}(?:,@{0})*:)?(?P<path>{1}))?>|(?P<bare>{1}))(?: +(?P<rest>.*))?"
+    .format(_DOMAIN, _MAILBOX))
+
+_PARAMETER = re.compile(r"([0-9A-Za-z][0-9A-Za-z-]*)(?:=([^\x00-\x20\x7f]*))?")
+# Those that are offered, and those that some clients send although they are not.
+MAIL_PARAMETERS = frozenset(("SIZE", "BODY", "SMTPUTF8", "AUTH", "RET", "ENVID"))
+RCPT_PARAMETERS = frozenset(("NOTIFY", "ORCPT"))
 
 _INERT = "ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789@._+/=:%,-"
 
 # What web pages can make a browser send, and what else speaks HTTP.
 HTTP_METHODS = frozenset(
-    "CONNECT DELETE GET HEAD OPTIONS PATCH POST PRI PROPFIND PUT TRACE".split())
+    b"CONNECT DELETE GET HEAD OPTIONS PATCH POST PRI PROPFIND PUT TRACE".split())
 
 
 def split_verb(line: str) -> Tuple[str, str]:
     """Split a command line, without its end, into its verb in upper case and its argument."""
     verb, _, argument = line.partition(" ")
     return (verb.upper() if verb.isascii() else ""), argument.strip(" ")
-
-
-def without_end(line: bytes) -> bytes:
-    """`line` without its LF or CR LF."""
-    return line[:-2] if line.endswith(b"\r\n") else line[:-1] if line.endswith(b"\n") else line
 
 
 def parse_path(argument: str, keyword: str) -> Optional[Tuple[Optional[str], str]]:
@@ -395,20 +408,21 @@ def parse_path(argument: str, keyword: str) -> Optional[Tuple[Optional[str], str
     name, colon, text = argument.partition(":")
     if not colon or name.upper() != keyword:
         return None
-    match = re.fullmatch(_PATH, text)
+    match = _PATH.fullmatch(text)
     if match is None:
         return None, ""
-    address = match.group("path") or match.group("bare") or ""
+    path, bare, rest = match.group("path", "bare", "rest")
+    address = path or bare or ""
     # A leading hyphen could become an option of the command; unprintable is what no one can see.
     valid = not address.startswith("-") and address.isprintable()
-    return (address if valid else None), match.group("rest") or ""
+    return (address if valid else None), rest or ""
 
 
 def parse_parameters(text: str) -> Optional[Dict[str, str]]:
     """Read ``NAME=value NAME`` (RFC 5321 4.1.2) with names in upper case; None for bad syntax."""
     parameters: Dict[str, str] = {}
     for word in text.split():
-        match = re.fullmatch(r"([0-9A-Za-z][0-9A-Za-z-]*)(?:=([^\x00-\x20\x7f]*))?", word)
+        match = _PARAMETER.fullmatch(word)
         if match is None or match.group(1).upper() in parameters:
             return None
         parameters[match.group(1).upper()] = match.group(2) or ""
@@ -421,15 +435,15 @@ def is_inert(address: str) -> bool:
         c in _INERT or (c > "\x7f" and c.isalpha()) for c in address)
 
 
-def is_http(line: str) -> bool:
+def is_http(line: bytes) -> bool:
     """Whether a line is the request line of HTTP (RFC 9112 section 3)."""
-    return (line.partition(" ")[0].upper() in HTTP_METHODS
-            or " HTTP/" in line and re.search(r" HTTP/\d(\.\d)?$", line) is not None)
+    return (line.partition(b" ")[0].upper() in HTTP_METHODS
+            or b" HTTP/" in line and re.search(br" HTTP/\d(\.\d)?$", line) is not None)
 
 
-def is_header(line: str) -> bool:
+def is_header(line: bytes) -> bool:
     """Whether a line looks like a header field rather than a command."""
-    return re.match(r"[0-9A-Za-z-]+:", line) is not None
+    return re.match(br"[0-9A-Za-z-]+:", line) is not None
 
 
 def decode_base64(text: bytes) -> Optional[bytes]:
@@ -548,13 +562,12 @@ class _Watch:
             for descriptor in writers:
                 self._poll.register(descriptor, select.POLLOUT)
 
-    def wait(self, seconds: Optional[float]) -> List[int]:
+    def wait(self, seconds: Optional[float]) -> Collection[int]:
         """Wait for so many seconds, 0 or more, or for ever; return which descriptors are ready."""
-        if not self._poll:
-            ready = select.select(self._readers, self._writers, (), seconds)
-            return ready[0] + ready[1]
-        milliseconds = None if seconds is None else 1000 * seconds
-        return [descriptor for descriptor, _ in self._poll.poll(milliseconds)]
+        if self._poll:
+            return dict(self._poll.poll(None if seconds is None else 1000 * seconds))
+        ready = select.select(self._readers, self._writers, (), seconds)
+        return ready[0] + ready[1]
 
 
 class Slots:
@@ -609,8 +622,8 @@ class Wire:
         self._source, self._sink = source, sink
         self._receive, self._send, self._end_output = receive, send, end_output
         self._slots, self._timeout = slots, timeout
-        self._input = bytearray()
-        self._output = bytearray()
+        self._input = b""
+        self._output = b""
         self._unheard = False       # the client takes no more replies
         self._client_or_stop = _Watch((source, slots.descriptor))
 
@@ -634,26 +647,26 @@ class Wire:
         return cls(source, sink, lambda size: os.read(source, size), send, lambda: None, slots,
                    timeout)
 
-    def read_line(self, limit: int) -> bytes:
-        """Return the next line with its end, LF or CR LF.
+    def read_line(self, limit: int) -> Tuple[bytes, bytes]:
+        """Return the next line, and apart from it its end, LF or CR LF.
 
         Raises LineTooLong beyond `limit` bytes, after the end of that line or MAX_ENDLESS_LINE,
         and TLSHello.
         """
         deadline = time.monotonic() + self._timeout
         while True:
-            if self._input.startswith(b"\x16\x03"):     # RFC 8446 5.1: a handshake record
+            line, newline, rest = self._input.partition(b"\n")
+            if line.startswith(b"\x16\x03"):     # RFC 8446 5.1: a handshake record
                 raise TLSHello
-            length = self._input.find(b"\n") + 1
-            if 0 < length <= MAX_ENDLESS_LINE:
-                line = bytes(self._input[:length])
-                del self._input[:length]
-                if length > limit:
-                    raise LineTooLong(line[:limit], endless=False)
-                return line
-            if len(self._input) > MAX_ENDLESS_LINE:
-                raise LineTooLong(bytes(self._input[:limit]), endless=True)
+            if len(line) >= MAX_ENDLESS_LINE:
+                raise LineTooLong(line[:limit], endless=True)
+            if newline:
+                break
             self._input += self._pull(deadline, idle=True)
+        self._input = rest
+        if len(line) >= limit:
+            raise LineTooLong(line[:limit], endless=False)
+        return (line[:-1], b"\r\n") if line.endswith(b"\r") else (line, b"\n")
 
     def read_body(self, before: bytes, ends: Sequence[bytes]) -> Iterator[bytes]:
         """Yield mail data as it was received, in pieces, up to the first of `ends`.
@@ -663,15 +676,14 @@ class Wire:
         """
         start = time.monotonic()
         received = 0
-        data, done = before + bytes(self._input), len(before)   # data[:done] is not to be yielded
-        self._input.clear()
+        data, done = before + self._input, len(before)      # data[:done] is not to be yielded
+        self._input = b""
         while True:
             # One byte is found ten times as fast as a string, and attachments have no dots.
-            found = b"." in data and min(((data.find(end), end) for end in ends if end in data),
-                                         default=None)
+            found = b"." in data and [(data.find(end), end) for end in ends if end in data]
             if found:
-                at, end = found
-                self._input += data[at + len(end):]
+                at, end = min(found)
+                self._input = data[at + len(end):]
                 yield data[done:at + end.index(b".")]
                 return
             keep = max(0, len(data) - 4)                # an end, but for its last byte
@@ -687,13 +699,13 @@ class Wire:
     def write(self, data: bytes) -> None:
         """Send `data`, at the latest before the next wait for the client."""
         self._output += data
-        if len(self._output) > CHUNK:
+        if len(self._output) > GATHERED:
             self.flush()
 
     def flush(self) -> None:
         """Send what `write` has gathered."""
         if self._output:
-            data, self._output = bytes(self._output), bytearray()
+            data, self._output = self._output, b""
             self._push(data, time.monotonic() + self._timeout)
 
     def has_left(self) -> bool:
@@ -713,7 +725,7 @@ class Wire:
         Closing a socket with unread input resets it, and the client may never see the farewell.
         """
         deadline = time.monotonic() + max(linger, 1.0)
-        data, self._output = bytes(self._output) + farewell, bytearray()
+        data, self._output = self._output + farewell, b""
         with contextlib.suppress(Gone, Silent, Stopping, OSError):
             self._push(data, deadline)
             if linger:
@@ -723,7 +735,8 @@ class Wire:
 
     def _pull(self, deadline: float, idle: bool = False, size: int = CHUNK) -> bytes:
         """Return the client's next bytes, at most `size`, after sending it what there is."""
-        self.flush()
+        if self._output:
+            self.flush()
         while True:
             self._wait(True, deadline, idle)
             try:
@@ -919,7 +932,7 @@ class Session:
         except BaseException:
             self._error("internal error", exc_info=True)
             reason, reply = "internal error", Reply(421, "4.3.0", "Internal error")
-        if reply:
+        if reply and self._debugging:
             self._show(reply)
         clean = not (self.mail or self._undelivered or reply and reply.code == 421)
         self._info("closed: %s", reason)
@@ -965,10 +978,10 @@ class Session:
     def _read_command(self) -> Tuple[str, str]:
         """Return the next command's verb, in upper case, and its argument."""
         line = self._read_line()
-        if len(line) > MAX_LINE and line[:5].upper() != b"AUTH ":
+        if len(line) + len(self._line_end) > MAX_LINE and line[:5].upper() != b"AUTH ":
             raise Refused(Reply(500, "5.5.2", "Line too long"))
         try:
-            text = without_end(line).decode()
+            text = line.decode()
         except UnicodeDecodeError:
             raise Refused(Reply(500, "5.5.2", "Not UTF-8")) from None
         if not text.isprintable() and any(c < " " or c == "\x7f" for c in text):
@@ -983,39 +996,39 @@ class Session:
         return verb, argument
 
     def _read_line(self) -> bytes:
-        """Return the next line with its end, unless it comes from a web browser."""
-        first, self._first_line = self._first_line, False
+        """Return the next line without its end, unless it comes from a web browser."""
         try:
-            line = self._wire.read_line(MAX_AUTH_LINE)
+            line, self._line_end = self._wire.read_line(MAX_AUTH_LINE)
         except LineTooLong as error:
             self._bare_lf = False
-            self._refuse_http(error.start, first)
+            self._refuse_http(error.start)
             if error.endless:
                 raise Disconnect(Reply(421, "4.5.2", "Endless line"), "endless line") from None
             raise Refused(Reply(500, "5.5.2", "Line too long")) from None
-        self._line_end = b"\r\n" if line.endswith(b"\r\n") else b"\n"
-        self._bare_lf = self._bare_lf and self._line_end == b"\n"
-        self._refuse_http(line, first)
+        if self._line_end != b"\n":
+            self._bare_lf = False
+        self._refuse_http(line)
         return line
 
-    def _refuse_http(self, line: bytes, first: bool) -> None:
+    def _refuse_http(self, line: bytes) -> None:
         """End the session where a web page speaks: behind its request could stand a mail."""
-        text = without_end(line).decode("latin-1")
-        if is_http(text) or first and is_header(text):
+        if is_http(line) or self._first_line and is_header(line):
             raise Disconnect(Reply(421, "4.7.0", "This is no web server"), "the client spoke HTTP")
+        self._first_line = False
 
     def _write(self, reply: Reply) -> None:
-        self._show(reply)
+        if self._debugging:
+            self._show(reply)
         self._wire.write(bytes(reply))
 
     def _show(self, reply: Reply) -> None:
-        if self._debugging:
-            for line in bytes(reply).decode().splitlines():
-                self._debug("S: %s", line)
+        for line in bytes(reply).decode().splitlines():
+            self._debug("S: %s", line)
 
     def _info(self, message: str, *values: object) -> None:
-        with contextlib.suppress(Exception):        # a log that fails changes no reply
-            self._log.info("session %d: " + message, self.number, *values)
+        if self._log.isEnabledFor(20):
+            with contextlib.suppress(Exception):    # a log that fails changes no reply
+                self._log.info("session %d: " + message, self.number, *values)
 
     def _debug(self, message: str, *values: object) -> None:
         with contextlib.suppress(Exception):
@@ -1083,23 +1096,28 @@ class Session:
         if self._authenticator and self.user is None:
             raise Refused(Reply(530, "5.7.0", "Authentication required"))
         sender, parameters = self._parse_envelope(
-            argument, "FROM", "5.1.7", ("SIZE", "BODY", "SMTPUTF8", "AUTH", "RET", "ENVID"))
-        size, body = parameters.get("SIZE", "0"), parameters.get("BODY", "7BIT")
-        if (not re.fullmatch(r"[0-9]{1,20}", size) or body.upper() not in ("7BIT", "8BITMIME")
-                or parameters.get("SMTPUTF8")):
-            raise Refused(Reply(501, "5.5.4", "Bad value of SIZE, BODY or SMTPUTF8"))
-        if 0 < self._settings.max_size < int(size):
-            raise Refused(self._too_big())
+            argument, "FROM", "5.1.7", MAIL_PARAMETERS)
+        if parameters:
+            self._take_parameters(**parameters)
         mail = Mail(sender, peer=self.peer, helo=self.helo, user=self.user, tls=self._tls,
                     smtputf8="SMTPUTF8" in parameters)
         self._check(sender, mail, "1.7")
         self.mail, self._room = mail, MAX_RECIPIENT_BYTES
         return Reply(250, "2.1.0", "Sender accepted")
 
+    def _take_parameters(self, SIZE: str = "0", BODY: str = "7BIT", SMTPUTF8: str = "",
+                         **ignored: str) -> None:
+        """Refuse parameters of MAIL: RFC 1870 6.1, RFC 6152, RFC 6531 3.4."""
+        if (not re.fullmatch("[0-9]{1,20}", SIZE) or BODY.upper() not in ("7BIT", "8BITMIME")
+                or SMTPUTF8):
+            raise Refused(Reply(501, "5.5.4", "Bad value of SIZE, BODY or SMTPUTF8"))
+        if 0 < self._settings.max_size < int(SIZE):
+            raise Refused(self._too_big())
+
     def do_RCPT(self, argument: str) -> Optional[Reply]:
         """Add a recipient: RFC 5321 4.1.1.3."""
         mail = self._transaction()
-        recipient, _ = self._parse_envelope(argument, "TO", "5.1.3", ("NOTIFY", "ORCPT"))
+        recipient, _ = self._parse_envelope(argument, "TO", "5.1.3", RCPT_PARAMETERS)
         if not recipient:
             raise Refused(Reply(501, "5.1.3", "<> is no recipient"))
         size = len(recipient.encode())
@@ -1182,7 +1200,7 @@ class Session:
         return Reply(552, "5.3.4", "Mail exceeds %d bytes" % self._settings.max_size)
 
     def _parse_envelope(self, argument: str, keyword: str, detail: str,
-                        known: Sequence[str]) -> Tuple[str, Dict[str, str]]:
+                        known: FrozenSet[str]) -> Tuple[str, Dict[str, str]]:
         """Read the argument of MAIL or RCPT; return the address and the parameters."""
         parsed = parse_path(argument, keyword)
         if parsed is None:
@@ -1193,7 +1211,7 @@ class Session:
         parameters = parse_parameters(rest)
         if parameters is None:
             raise Refused(Reply(501, "5.5.4", "Bad parameter syntax"))
-        if not parameters.keys() <= set(known):
+        if not known.issuperset(parameters):
             raise Refused(Reply(555, "5.5.4", "Unknown parameter"))
         return address, parameters
 
@@ -1251,7 +1269,7 @@ class Session:
         """
         prompt = binascii.b2a_base64(challenge, newline=False).decode()
         self._write(Reply(334, "", prompt))
-        response = without_end(self._read_line()).decode("latin-1")
+        response = self._read_line().decode("latin-1")
         self._debug("C: (hidden)")
         if response == "*":
             raise Refused(Reply(501, "5.5.2", "Cancelled"))
@@ -1306,7 +1324,7 @@ class Session:
                 head = b""
             problem = self._spool(mail, lines)
             del piece, lines        # not to be held while the next is waited for
-        return problem or self._spool(mail, head)
+        return self._spool(mail, head) if head and not problem else problem
 
     def _spool(self, mail: Mail, data: bytes) -> Optional[Reply]:
         """Keep `data`; return the reply where that fails."""
@@ -1460,8 +1478,14 @@ class Command:
         self.warnings: List[str] = []
         self._start = _Starter()
         self._runs: Set[_Run] = set()
-        self._program, self._words = self._parse()
-        self._reparsed = self._find_reparser()
+        self._left: Set[_Run] = set()       # those that nothing could end
+        self._program, words = self._parse()
+        self._by_shell = not words
+        self._reparsed = _find_reparser(words)
+        self._words = [os.fsencode(word) for word in
+                       words or ("sh", "-c", text + ' "$@"', "msmtpd")]
+        # In which of them the sender has its place.
+        self._place = next((n for n, word in enumerate(self._words) if b"%F" in word), None)
 
     def check(self, address: str, mail: object = None) -> None:
         """Raise PermanentFailure where anything on its way could read `address` as code."""
@@ -1478,37 +1502,39 @@ class Command:
         """Run the command on `mail`. Raises TemporaryFailure and PermanentFailure."""
         for address in (mail.sender, *mail.recipients):
             self.check(address)
-        if self._count_left() >= MAX_LEFT:
-            raise TemporaryFailure("Earlier commands do not end", 451, "4.3.0",
-                                   ["%d earlier commands do not end" % MAX_LEFT])
+        if self._left:
+            self._reap_left()
         try:
             run = _Run(self._start, self._program, self._arguments(mail), mail, self._stdout)
-            self._runs.add(run)
         except (OSError, ValueError, MemoryError) as error:
             missing = isinstance(error, (FileNotFoundError, PermissionError, NotADirectoryError))
             raise TemporaryFailure("Cannot start the command: %s" % error, 451,
                                    "4.3.5" if missing else "4.3.0", [str(error)]) from None
+        self._runs.add(run)
         try:
             run.finish(self._timeout)
         finally:
-            if not run.left:
-                self._runs.discard(run)
+            self._runs.discard(run)
+            if not run.ended:
+                self._left.add(run)
         mail.outcome = "exit=" + run.outcome
-        self._judge(run)
+        if run.status != 0 or run.timed_out:
+            raise self._failure(run)
 
-    def _count_left(self) -> int:
-        """Reap those that were left behind and have ended since; return how many have not."""
-        left = [run for run in list(self._runs) if run.left]
-        self._runs.difference_update([run for run in left if run.reap()])
-        return sum(run in self._runs for run in left)
+    def _reap_left(self) -> None:
+        """Reap those that were left behind. Raises TemporaryFailure where too many go on."""
+        self._left.difference_update([run for run in list(self._left) if run.reap()])
+        if len(self._left) >= MAX_LEFT:
+            raise TemporaryFailure("Earlier commands do not end", 451, "4.3.0",
+                                   ["%d earlier commands do not end" % len(self._left)])
 
     def abandon(self) -> None:
         """Send SIGTERM to all commands that run now."""
         for run in list(self._runs):
             run.kill(signal.SIGTERM)
 
-    def _parse(self) -> Tuple[str, Optional[List[str]]]:
-        """Return the program to start, and the words to start it with, None for a shell's."""
+    def _parse(self) -> Tuple[str, List[str]]:
+        """Return the program to start, and the words to start it with, none for the shell."""
         if not self.text.strip():
             raise ValueError("the command is empty")
         if "\n" in self.text or "\0" in self.text:
@@ -1529,7 +1555,7 @@ class Command:
             if program and not re.match(r"[A-Za-z_][0-9A-Za-z_]*=", words[0]):
                 return program, words
         self._ask_shell()
-        return "/bin/sh", None
+        return "/bin/sh", []
 
     def _ask_shell(self) -> None:
         """Raise ValueError where the shell cannot read the command; warn where it is missing."""
@@ -1547,53 +1573,45 @@ class Command:
             self.warnings.append("cannot find the program %s; each mail will be deferred until "
                                  "it is there" % word.group(1))
 
-    def _find_reparser(self) -> str:
-        """What might read a sender or recipient as code; "" where nothing does."""
-        if self._words is None:
-            return "the command needs a shell"
-        for word in self._words:
-            tail = word.startswith("-") and word.find("%F") == len(word) - 2
-            if "%F" in word and word != "%F" and not tail:
-                return "%F is inside of a word of the command"
-            for part in word.split():
-                name = re.split("[/=]", part)[-1].rstrip("0123456789.-")
-                if name in SHELLS:
-                    return "%s may hand it to a shell" % name
-        return ""
-
     def _arguments(self, mail: Mail) -> List[bytes]:
         """The arguments to start the program with, its own name first.
 
         Addresses are UTF-8 whatever the locale: in some, a letter's bytes are a shell's operator.
         """
-        sender = (mail.sender or "MAILER-DAEMON").encode()
-        recipients = [recipient.encode() for recipient in mail.recipients]
-        if self._words is None:
-            text = os.fsencode(self.text).replace(b"%F", sender, 1) + b' "$@"'
-            return [b"sh", b"-c", text, b"msmtpd", *recipients]
-        words = [os.fsencode(word) for word in self._words]
-        for number, word in enumerate(words):
-            if b"%F" in word:
-                words[number] = word.replace(b"%F", sender, 1)
-                break
-        return words + recipients
+        words = self._words + [recipient.encode() for recipient in mail.recipients]
+        if self._place is not None:
+            sender = (mail.sender or "MAILER-DAEMON").encode()
+            words[self._place] = words[self._place].replace(b"%F", sender, 1)
+        return words
 
-    def _judge(self, run: _Run) -> None:
-        """Raise what the end of the command means, if not success."""
+    def _failure(self, run: _Run) -> _Failure:
+        """What the end of the command means, which was no success."""
         status = run.status
-        if status == 0 and not run.timed_out:
-            return
-        killed = status is None or status < 0 or self._words is None and status > 128
-        if run.timed_out or killed:
+        if run.timed_out or status is None or status < 0 or self._by_shell and status > 128:
             code, enhanced = 451, "4.3.0"
         else:
-            code, enhanced = EXIT_REPLIES.get(status or 0, (554, "5.3.0"))
+            code, enhanced = EXIT_REPLIES.get(status, (554, "5.3.0"))
         lines = [line.strip() for line in run.errors.decode("utf-8", "replace").splitlines()]
         lines = [line for line in lines if line]
         why = "Command failed (exit %s)" % run.outcome
         text = _plain("; ".join(lines))[:MAX_ERROR_TEXT]
         failure = TemporaryFailure if code < 500 else PermanentFailure
-        raise failure(why + (": " + text if text else ""), code, enhanced, lines)
+        return failure(why + (": " + text if text else ""), code, enhanced, lines)
+
+
+def _find_reparser(words: List[str]) -> str:
+    """What might read a sender or recipient as code; "" where nothing in the command does."""
+    if not words:
+        return "the command needs a shell"
+    for word in words:
+        tail = word.startswith("-") and word.find("%F") == len(word) - 2
+        if "%F" in word and word != "%F" and not tail:
+            return "%F is inside of a word of the command"
+        for part in word.split():
+            name = re.split("[/=]", part)[-1].rstrip("0123456789.-")
+            if name in SHELLS:
+                return "%s may hand it to a shell" % name
+    return ""
 
 
 def _last_command(bare: str) -> List[str]:
@@ -1616,7 +1634,7 @@ class _Run:
     """One run of the command, in a session, and so a process group, of its own.
 
     status: as subprocess has it, None where it was lost. timed_out: whether its time ran out.
-    errors: the head of its standard error. left: whether it goes on, since nothing could end it.
+    errors: the head of its standard error. ended: whether it was reaped.
     """
 
     def __init__(self, start: Start, program: str, arguments: List[bytes], mail: Mail,
@@ -1625,10 +1643,9 @@ class _Run:
         self.status: Optional[int] = None
         self.timed_out = False
         self.errors = b""
-        self.left = self._ended = False
+        self.ended = False
         self._lock = threading.Lock()       # held while it is reaped: no signal goes to another
         self._pause = SHORT_PAUSE           # between looks at a process that cannot be polled
-        self._at_once = True                # it may end before it is worth while to look closer
         self._feed: Optional[int] = None    # these three are descriptors
         self._stderr: Optional[int] = None
         self._pidfd: Optional[int] = None
@@ -1662,7 +1679,11 @@ class _Run:
         """Feed the command and wait for its end, which after `seconds` is brought about."""
         deadline, signals = time.monotonic() + seconds, [signal.SIGTERM, signal.SIGKILL]
         try:
-            while not self._ended:
+            # Mostly it ends at once; to watch its standard error, too, is to be woken twice.
+            if self._pidfd is not None and not self._rest:
+                if _Watch((self._pidfd,)).wait(min(seconds, 0.01)):
+                    self.reap()
+            while not self.ended:
                 now = time.monotonic()
                 if now >= deadline:
                     self.timed_out = True
@@ -1675,31 +1696,27 @@ class _Run:
             self.kill(signal.SIGKILL)
             raise
         finally:
-            self.left = not self._ended
             self._close()
 
     def _work(self, seconds: float) -> None:
         """Do what is to be done next, or wait for it for at most `seconds`."""
-        readers = [fd for fd in (self._stderr, self._pidfd) if fd is not None]
         if self._pidfd is None:
             seconds = min(seconds, self._pause)
             self._pause = min(2 * self._pause, 0.05)
-        elif self._at_once:     # to wait for the end of its standard error is to be woken twice
-            readers, seconds = [self._pidfd], min(seconds, 0.01)
-        self._at_once = False
-        ready = _Watch(readers, [] if self._feed is None else [self._feed]).wait(seconds)
+        ready = _Watch([fd for fd in (self._stderr, self._pidfd) if fd is not None],
+                       [] if self._feed is None else [self._feed]).wait(seconds)
         if self._feed in ready:
             self._feed_more()
         if self._pidfd is None or self._pidfd in ready:
             self.reap()
-        if self._stderr in ready and not self._ended:
+        if self._stderr in ready and not self.ended:
             self._read_errors()
 
     def kill(self, number: int) -> None:
         """Send a signal to the whole process group, unless the command has ended."""
         if self._lock.acquire(blocking=False):      # or else it is being reaped
             try:
-                if not self._ended:
+                if not self.ended:
                     self._kill_group(number)
             finally:
                 self._lock.release()
@@ -1718,7 +1735,7 @@ class _Run:
                 pid, status = -1, 0
             if pid == 0:
                 return False
-            self._ended = True
+            self.ended = True
             if pid > 0:
                 self.status = (-os.WTERMSIG(status) if os.WIFSIGNALED(status)
                                else os.WEXITSTATUS(status))
@@ -1835,7 +1852,7 @@ def _posix_spawn(environment: Dict[bytes, bytes]) -> Start:
         return (ctypes.c_long * 128)()      # larger than each of glibc's structures
 
     def strings(texts: List[bytes]) -> ctypes.Array[ctypes.c_char_p]:
-        if any(b"\0" in text for text in texts):
+        if b"\0" in b"".join(texts):
             raise ValueError("NUL in an argument")      # it would end there
         return (ctypes.c_char_p * (len(texts) + 1))(*texts, None)
 

@@ -654,16 +654,16 @@ class Wire:
         and TLSHello.
         """
         deadline = time.monotonic() + self._timeout
+        data = self._input or self._pull(deadline, idle=True)
         while True:
-            line, newline, rest = self._input.partition(b"\n")
+            line, newline, self._input = data.partition(b"\n")
             if line.startswith(b"\x16\x03"):     # RFC 8446 5.1: a handshake record
                 raise TLSHello
             if len(line) >= MAX_ENDLESS_LINE:
                 raise LineTooLong(line[:limit], endless=True)
             if newline:
                 break
-            self._input += self._pull(deadline, idle=True)
-        self._input = rest
+            data += self._pull(deadline, idle=True)
         if len(line) >= limit:
             raise LineTooLong(line[:limit], endless=False)
         return (line[:-1], b"\r\n") if line.endswith(b"\r") else (line, b"\n")
@@ -675,9 +675,9 @@ class Wire:
         or else is `before`, the end of the line before it.
         """
         start = time.monotonic()
-        received = 0
-        data, done = before + self._input, len(before)      # data[:done] is not to be yielded
-        self._input = b""
+        data, self._input = self._input or self._pull(start + self._timeout), b""
+        received = len(data)
+        data, done = before + data, len(before)     # data[:done] is not to be yielded
         while True:
             # One byte is found ten times as fast as a string, and attachments have no dots.
             found = b"." in data and [(data.find(end), end) for end in ends if end in data]
@@ -1007,7 +1007,8 @@ class Session:
             raise Refused(Reply(500, "5.5.2", "Line too long")) from None
         if self._line_end != b"\n":
             self._bare_lf = False
-        self._refuse_http(line)
+        if self._first_line or is_http(line):
+            self._refuse_http(line)
         return line
 
     def _refuse_http(self, line: bytes) -> None:

@@ -130,7 +130,7 @@ class Reply:
 
     def __bytes__(self) -> bytes:
         """The reply as it is sent: printable ASCII, lines of at most 512 bytes (4.5.3.1.5)."""
-        return _encode(self.code, self.enhanced, self.lines)
+        return _encode(self.code, self.enhanced, tuple(self.lines))
 
     def __repr__(self) -> str:
         return "%d %s %s" % (self.code, self.enhanced, " ".join(self.lines))
@@ -178,8 +178,8 @@ class _Failure(Exception):
         """The reply to give; `code`, `detail` (as "3.0") and `text` stand in for what it lacks."""
         if code // 100 != self.digit:
             code = 451
-        return Reply(self.code or code, self.enhanced or "%d.%s" % (self.digit, detail),
-                     str(self) or text)
+        text = str(self)[:MAX_REPLY_LINE] or text       # more of it would not be sent
+        return Reply(self.code or code, self.enhanced or "%d.%s" % (self.digit, detail), text)
 
 
 class TemporaryFailure(_Failure):
@@ -251,8 +251,7 @@ class Spool:
             self._file.close()
 
     def __del__(self) -> None:
-        if self.has_descriptor:     # or else there would be a warning
-            self.close()
+        self.close()
 
 
 class Mail:
@@ -273,7 +272,7 @@ class Mail:
         self.tls, self.smtputf8 = tls, smtputf8
         self.outcome = ""
         self.spool = Spool()
-        if data:
+        if data != b"":
             self.spool.write(data)
 
     @property
@@ -862,18 +861,18 @@ class Session:
     ends the session, as any other exception does. A further verb needs a method and an entry in
     VERBS. One method that refuses a recipient, one that is slow, one that drops the connection:
 
-    >>> class Grumpy(Session):
+    >>> import msmtpd, smtplib, time
+    >>> class Grumpy(msmtpd.Session):
     ...     def do_RCPT(self, argument):
     ...         if "nobody@" in argument:
-    ...             return Reply(550, "5.1.1", "No such user here")
+    ...             return msmtpd.Reply(550, "5.1.1", "No such user here")
     ...         return super().do_RCPT(argument)
     ...     def do_NOOP(self, argument):
     ...         time.sleep(0.01)
     ...         return super().do_NOOP(argument)
     ...     def do_VRFY(self, argument):
-    ...         raise Disconnect()
-    >>> import smtplib
-    >>> with Server(deliver=print, session=Grumpy) as server:
+    ...         raise msmtpd.Disconnect()
+    >>> with msmtpd.Server(deliver=print, session=Grumpy) as server:
     ...     client = smtplib.SMTP(server.host, server.port)
     ...     _ = client.ehlo(), client.mail("a@example.org")
     ...     print(client.rcpt("nobody@example.org"), client.noop()[0])
@@ -896,7 +895,8 @@ class Session:
         self.user: Optional[str] = None
         self.mail: Optional[Mail] = None
         self._wire, self._settings, self._authenticator = wire, settings, authenticator
-        self._log, self._debugging = log, log.isEnabledFor(10)
+        self._log = log
+        self._debugging, self._informing = log.isEnabledFor(10), log.isEnabledFor(20)
         self._tls = False           # inside TLS
         self._protocol = ""         # by the last greeting, "" before that
         self._extended = False      # EHLO was said, if not last
@@ -1027,7 +1027,7 @@ class Session:
             self._debug("S: %s", line)
 
     def _info(self, message: str, *values: object) -> None:
-        if self._log.isEnabledFor(20):
+        if self._informing:
             with contextlib.suppress(Exception):    # a log that fails changes no reply
                 self._log.info("session %d: " + message, self.number, *values)
 
@@ -1364,7 +1364,7 @@ class Session:
     def _log_mail(self, mail: Mail, reply: Reply, seconds: float) -> None:
         """Say in one line what became of the mail."""
         self._undelivered = self._undelivered or reply.code != 250
-        if not self._log.isEnabledFor(20):
+        if not self._informing:
             return
         status = {2: "sent", 4: "deferred"}.get(reply.code // 100, "failed")
         outcome = " " + mail.outcome if mail.outcome else ""
@@ -1466,6 +1466,8 @@ class Command:
             raise ValueError("a command needs a POSIX system; give Server a function instead")
         if signal.getsignal(signal.SIGCHLD) is signal.SIG_IGN:
             raise ValueError("this process ignores SIGCHLD, so that no exit status is to be had")
+        if not timeout > 0:
+            raise ValueError("timeout has to be more than 0 seconds")
         if stdout == 0:
             raise ValueError("stdout cannot be descriptor 0, which is the command's mail")
         for number in range(3):
@@ -1570,9 +1572,11 @@ class Command:
         if status:
             raise ValueError("the shell cannot read the command: " + errors)
         word = re.match(r"\s*([\w./+-]+)(?:\s|$)", self.text)
-        if word and ask("-c", 'command -v -- "$1"', "sh", word.group(1))[0]:
-            self.warnings.append("cannot find the program %s; each mail will be deferred until "
-                                 "it is there" % word.group(1))
+        # The shell also knows what is built in, but takes any file for a program.
+        if word and not find_program(word.group(1)) and (
+                "/" in word.group(1) or ask("-c", 'command -v -- "$1"', "sh", word.group(1))[0]):
+            self.warnings.append("cannot find the program %s, or not execute it; each mail will "
+                                 "be deferred until that is mended" % word.group(1))
 
     def _arguments(self, mail: Mail) -> List[bytes]:
         """The arguments to start the program with, its own name first.
@@ -1729,6 +1733,8 @@ class _Run:
     def reap(self) -> bool:
         """Take the status of the command, if it has ended; return whether it has."""
         with self._lock:
+            if self.ended:      # by another thread
+                return True
             try:
                 pid, status = os.waitpid(self._pid, os.WNOHANG)
             except ChildProcessError:
@@ -2099,8 +2105,9 @@ class _Crew:
     def __init__(self, listeners: Sequence[socket.socket], slots: Slots, number: int, log: Log,
                  serve: Callable[[socket.socket, object], None]) -> None:
         import threading
-        self._listeners, self._slots = listeners, slots
-        self._log, self._serve = log, serve
+        self._listeners = {listener.fileno(): listener for listener in listeners}
+        self._client_or_stop = _Watch((slots.descriptor, *self._listeners))
+        self._slots, self._log, self._serve = slots, log, serve
         self._threads = [threading.Thread(target=self._work, args=(n,), daemon=True,
                                           name="msmtpd-%d" % (n + 1)) for n in range(number)]
         self._door = threading.Lock()       # held by the one that accepts
@@ -2134,7 +2141,7 @@ class _Crew:
         import threading
         # Who stood at the door has left, but for those in the other process after a fork.
         with contextlib.nullcontext() if self._slots.is_copy() else self._door:
-            for listener in self._listeners:
+            for listener in self._listeners.values():
                 listener.close()
         if threading.current_thread() in self._threads:
             return False        # a deliver, which waits for nobody
@@ -2201,11 +2208,10 @@ class _Crew:
 
     def _accept_ready(self) -> Optional[Tuple[socket.socket, object]]:
         """Wait, and return a client, or None where it has left again or the server stops."""
-        listeners = {listener.fileno(): listener for listener in self._listeners}
-        for descriptor in _Watch((self._slots.descriptor, *listeners)).wait(None):
-            if descriptor in listeners:
+        for descriptor in self._client_or_stop.wait(None):
+            if descriptor in self._listeners:
                 with contextlib.suppress(BlockingIOError, ConnectionAbortedError):
-                    return listeners[descriptor].accept()
+                    return self._listeners[descriptor].accept()
         return None
 
 
@@ -2291,7 +2297,8 @@ class StartError(Exception):
 def main(argv: Optional[Sequence[str]] = None) -> int:
     """Run the program with these arguments, sys.argv's if None; return its exit status."""
     if sys.version_info < (3, 8):
-        sys.exit("msmtpd: needs Python 3.8 or newer")
+        _tell("needs Python 3.8 or newer")
+        return 3
     arguments = sys.argv[1:] if argv is None else list(argv)
     inetd = any(len(word) > 4 and "--inetd".startswith(word) for word in arguments)
     _settle(inetd)
@@ -2386,8 +2393,9 @@ def _parse_options(arguments: List[str]) -> argparse.Namespace:
         help="print the version")
     options, rest = parser.parse_known_args(_join_values(arguments))
     if rest:
-        raise StartError("unknown option or argument %s; %ssee --help"
-                         % (rest[0], _nearest(rest[0], parser.format_help())))
+        hint = (_nearest(rest[0], parser.format_help()) if rest[0].startswith("--")
+                else "put a value with spaces in quotes, or ")
+        raise StartError("unknown option or argument %s; %ssee --help" % (rest[0], hint))
     if not options.tls_cert_file and (options.tls_key_file or options.tls_starttls == "off"):
         raise StartError("TLS needs --tls-cert-file, too")
     return options
@@ -2629,8 +2637,9 @@ def _tls_context(certificate: str, key: Optional[str]) -> ssl.SSLContext:
     try:
         context.load_cert_chain(certificate, key, refuse)
     except OSError as error:            # ssl.SSLError is one
-        raise StartError("cannot load a certificate with its key from %s: %s"
-                         % (" and ".join(names), error)) from None
+        hint = "" if key else "; if the key is in another file, name it with --tls-key-file"
+        raise StartError("cannot load a certificate with its key from %s: %s%s"
+                         % (" and ".join(names), error, hint)) from None
     return context
 
 

@@ -1096,24 +1096,14 @@ class Session:
         self._require(self.mail is None, "In a transaction already")
         if self._authenticator and self.user is None:
             raise Refused(Reply(530, "5.7.0", "Authentication required"))
-        sender, parameters = self._parse_envelope(
-            argument, "FROM", "5.1.7", MAIL_PARAMETERS)
+        sender, parameters = self._parse_envelope(argument, "FROM", "5.1.7", MAIL_PARAMETERS)
         if parameters:
-            self._take_parameters(**parameters)
+            self._check_parameters(parameters)
         mail = Mail(sender, peer=self.peer, helo=self.helo, user=self.user, tls=self._tls,
                     smtputf8="SMTPUTF8" in parameters)
         self._check(sender, mail, "1.7")
         self.mail, self._room = mail, MAX_RECIPIENT_BYTES
         return Reply(250, "2.1.0", "Sender accepted")
-
-    def _take_parameters(self, SIZE: str = "0", BODY: str = "7BIT", SMTPUTF8: str = "",
-                         **ignored: str) -> None:
-        """Refuse parameters of MAIL: RFC 1870 6.1, RFC 6152, RFC 6531 3.4."""
-        if (not re.fullmatch("[0-9]{1,20}", SIZE) or BODY.upper() not in ("7BIT", "8BITMIME")
-                or SMTPUTF8):
-            raise Refused(Reply(501, "5.5.4", "Bad value of SIZE, BODY or SMTPUTF8"))
-        if 0 < self._settings.max_size < int(SIZE):
-            raise Refused(self._too_big())
 
     def do_RCPT(self, argument: str) -> Optional[Reply]:
         """Add a recipient: RFC 5321 4.1.1.3."""
@@ -1215,6 +1205,15 @@ class Session:
         if not known.issuperset(parameters):
             raise Refused(Reply(555, "5.5.4", "Unknown parameter"))
         return address, parameters
+
+    def _check_parameters(self, parameters: Dict[str, str]) -> None:
+        """Refuse values that MAIL cannot have: RFC 1870 6.1, RFC 6152, RFC 6531 3.4."""
+        size, body = parameters.get("SIZE", "0"), parameters.get("BODY", "7BIT")
+        if (not re.fullmatch("[0-9]{1,20}", size) or body.upper() not in ("7BIT", "8BITMIME")
+                or parameters.get("SMTPUTF8")):
+            raise Refused(Reply(501, "5.5.4", "Bad value of SIZE, BODY or SMTPUTF8"))
+        if 0 < self._settings.max_size < int(size):
+            raise Refused(self._too_big())
 
     def _check(self, address: str, mail: Mail, detail: str) -> None:
         """Refuse an address that is not in order, or not to the liking of `check`."""

@@ -1037,6 +1037,7 @@ class Delivery(ProgramCase):
                 (" --from=%F %F", "", ["c"], ["--from=MAILER-DAEMON", "%F", "c"]),
                 (" 'a b' \"c\" \\$", "a@b", ["o'brien@d"], ["a b", "c", "$", "o'brien@d"]),
                 (" -f %F; true", "a@b", ["c@d"], ["-f", "a@b"]),
+                (" -f %F %F; true", "a@b", ["c@d"], ["-f", "a@b", "%F"]),
                 (" \"$HOME\" -f '%F' -- ", "", ["c", "d"],
                  [os.environ.get("HOME", ""), "-f", "MAILER-DAEMON", "--", "c", "d"])):
             with self.subTest(text):

@@ -2986,6 +2986,10 @@ class Options(ProgramCase):
                 self.assertRegex(text, r"\Amsmtpd: .*\n\Z")
                 self.assertRegex(text, words)
 
+    def test_an_older_python_is_refused(self):
+        with mock.patch.object(sys, "version_info", (3, 7, 17)):
+            self.assertEqual(self.run_here(), (3, "msmtpd: needs Python 3.8 or newer\n"))
+
     def test_both_forms_and_abbreviations(self):
         daemon = self.start("--po", "0", "--inter", "127.0.0.1", "--command", self.capture,
                             "--max-siz=1K", "--lo=" + self.log)

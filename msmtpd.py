@@ -247,8 +247,10 @@ class Spool:
 
     def close(self) -> None:
         """Drop the data."""
-        with contextlib.suppress(OSError):      # what could not be written before cannot be now
+        try:
             self._file.close()
+        except OSError:     # what could not be written before cannot be now
+            pass
 
     def __del__(self) -> None:
         self.close()
@@ -725,12 +727,14 @@ class Wire:
         """
         deadline = time.monotonic() + max(linger, 1.0)
         data, self._output = self._output + farewell, b""
-        with contextlib.suppress(Gone, Silent, Stopping, OSError):
+        try:
             self._push(data, deadline)
             if linger:
                 self._end_output()
             while linger and self._slots.drain_until is None:
                 self._pull(deadline)
+        except (Gone, Silent, Stopping, OSError):
+            pass
 
     def _pull(self, deadline: float, idle: bool = False, size: int = CHUNK) -> bytes:
         """Return the client's next bytes, at most `size`, after sending it what there is."""
@@ -1667,8 +1671,10 @@ class _Run:
             self._close()
             raise
         # Linux with Python 3.9, where it is not forbidden; elsewhere the process is looked at.
-        with contextlib.suppress(AttributeError, OSError, MemoryError):
+        try:
             self._pidfd = os.pidfd_open(self._pid)
+        except (AttributeError, OSError, MemoryError):
+            pass
 
     @property
     def outcome(self) -> str:
@@ -1799,8 +1805,10 @@ def _open_input(mail: Mail) -> Tuple[int, Optional[int], memoryview]:
     reader, writer = os.pipe()
     if len(rest) > 4096:        # the least that a pipe takes at once, wherever there are pipes
         os.set_blocking(writer, False)
-    with contextlib.suppress(BlockingIOError):
+    try:
         rest = rest[os.write(writer, rest):]    # all of it, mostly: no one need pump
+    except BlockingIOError:
+        pass
     if rest:
         return reader, writer, rest
     os.close(writer)
@@ -2087,8 +2095,10 @@ class Server:
         """Serve one client to the end."""
         import socket
         # Or else the last of two small replies may wait 40 ms. Some fail where the client has left.
-        with contextlib.suppress(OSError):
+        try:
             client.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        except OSError:
+            pass
         wire = Wire.of_socket(client, slots, self._settings.timeout)
         self._session(wire, self._settings, authenticator, self._log, next(self._numbers),
                       peer_of(name)).run()
@@ -2209,8 +2219,10 @@ class _Crew:
         """Wait, and return a client, or None where it has left again or the server stops."""
         for descriptor in self._client_or_stop.wait(None):
             if descriptor in self._listeners:
-                with contextlib.suppress(BlockingIOError, ConnectionAbortedError):
+                try:
                     return self._listeners[descriptor].accept()
+                except (BlockingIOError, ConnectionAbortedError):
+                    pass
         return None
 
 

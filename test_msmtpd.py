@@ -1559,6 +1559,17 @@ class Slots(ServerCase):
                 client.open("MAIL FROM:<a@b>", "RCPT TO:<c@d>", "DATA", "x\r\n.")
             self.assertEqual(self.mails[-1].peer.host, host)
 
+    def check_both_families(self, host, addresses):
+        """Serve on `host`: it listens on these addresses, and serves IPv4 and IPv6."""
+        try:
+            server = self.serve(host=host)
+        except OSError:
+            self.skipTest("no IPv6")
+        self.assertEqual([peer.host for peer in server.addresses], addresses)
+        for place in ("127.0.0.1", "::1"):
+            with Client((place, server.port)) as client:
+                self.assertEqual(client.open()[:3], "250")
+
     def test_both_stacks_where_no_socket_is_for_both(self):
         def setsockopt(listener, level, option, value):
             if (level, option) == (socket.IPPROTO_IPV6, socket.IPV6_V6ONLY) and not value:
@@ -1568,24 +1579,10 @@ class Slots(ServerCase):
 
         original = socket.socket.setsockopt
         with mock.patch.object(socket.socket, "setsockopt", setsockopt):
-            try:
-                server = self.serve(host="::")
-            except OSError:
-                self.skipTest("no IPv6")
-        self.assertEqual([peer.host for peer in server.addresses], ["::", "0.0.0.0"])
-        for host in ("127.0.0.1", "::1"):
-            with Client((host, server.port)) as client:
-                self.assertEqual(client.open()[:3], "250")
+            self.check_both_families("::", ["::", "0.0.0.0"])
 
     def test_several_interfaces_share_a_free_port(self):
-        try:
-            server = self.serve(host=("127.0.0.1", "::", "127.0.0.1"))
-        except OSError:
-            self.skipTest("no IPv6")
-        self.assertEqual([peer.host for peer in server.addresses], ["127.0.0.1", "::"])
-        for host in ("127.0.0.1", "::1"):
-            with Client((host, server.port)) as client:
-                self.assertEqual(client.open()[:3], "250")
+        self.check_both_families(("127.0.0.1", "::", "127.0.0.1"), ["127.0.0.1", "::"])
 
 
 # The library

@@ -34,6 +34,7 @@ import os
 import re
 import select
 import signal
+import struct
 import sys
 import time
 
@@ -100,6 +101,7 @@ AUTH_DELAY = 1.0                   # seconds by which a failure, and what follow
 AUTH_MEMORY = 60.0                 # seconds for which a failure makes every answer late
 GRACE = 30.0                       # seconds that the program gives mail data when it is stopped
 MAX_LEFT = 16                      # commands that nothing can end; with more, mails are deferred
+MOMENT = 0.02                      # seconds that a socket waits without an eye on the stop
 SHORT_PAUSE = 0.0005               # seconds until the first look whether a command has ended
 LISTEN_QUEUE = 4096                # clients that wait; the kernel may cut it, Linux to somaxconn
 CHUNK = 65536                      # bytes per read
@@ -394,12 +396,32 @@ HTTP_METHODS = frozenset(
     b"CONNECT DELETE GET HEAD OPTIONS PATCH POST PRI PROPFIND PUT TRACE".split())
 
 
-def split_verb(line: str) -> Tuple[str, str]:
-    """Split a command line, without its end, into its verb in upper case and its argument."""
-    verb, _, argument = line.partition(" ")
+class HTTPRequest(Exception):
+    """The line is a request line of HTTP."""
+
+
+def parse_command(line: bytes) -> Tuple[str, str]:
+    """Split a command line, without its end, into its verb in upper case and its argument.
+
+    Raises HTTPRequest, and ValueError saying what is wrong with its bytes.
+    """
+    if is_http(line):
+        raise HTTPRequest
+    try:
+        text = line.decode()
+    except UnicodeDecodeError:
+        raise ValueError("Not UTF-8") from None
+    if not text.isprintable() and any(c < " " or c == "\x7f" for c in text):
+        raise ValueError("Control character")
+    verb, _, argument = text.partition(" ")
     return (verb.upper() if verb.isascii() else ""), argument.strip(" ")
 
 
+# The same few lines come again and again; not for what may hold a password.
+parse_command_again = functools.lru_cache(maxsize=64)(parse_command)
+
+
+@functools.lru_cache(maxsize=64)
 def parse_path(argument: str, keyword: str) -> Optional[Tuple[Optional[str], str]]:
     """Read ``FROM:<path> parameters``, `keyword` being ``FROM`` or ``TO`` (RFC 5321 4.1.1.2, 3).
 
@@ -576,17 +598,23 @@ class Slots:
 
     Read by every session and, but for its own server, changed by nobody. The waker is what
     `drain` closes, and thereby wakes all who wait for `descriptor`: a signal handler may do it.
+    waiting: who waits for a further client, None where there can be none.
     """
 
     def __init__(self, wake_reader: Any, wake_writer: Any) -> None:
         self._reader, self._writer = wake_reader, wake_writer
         self._pid = os.getpid()
         self.descriptor: int = wake_reader.fileno()
-        self.full = False
+        self.waiting: Optional[Collection[int]] = None
         # On time.monotonic()'s clock: until when mail data may come once the server stops, and
         # until when a delivery is waited for.
         self.drain_until: Optional[float] = None
         self.leave_at = float("inf")
+
+    @property
+    def full(self) -> bool:
+        """Whether all the sessions are taken that there may be."""
+        return self.waiting is not None and not self.waiting
 
     def drain(self, grace: float, patience: float) -> None:
         """End sessions that wait for a verb now, those that read mail data in `grace` seconds."""
@@ -610,6 +638,9 @@ class Slots:
     __del__ = close     # where somebody was left behind
 
 
+_MOMENT = struct.pack("ll", 0, int(1e6 * MOMENT))       # a timeval
+
+
 class Wire:
     """The client's bytes: read by the line or by the body, replies gathered and sent together.
 
@@ -626,27 +657,36 @@ class Wire:
         self._input = b""
         self._output = b""
         self._unheard = False       # the client takes no more replies
-        self._client_or_stop = _Watch((source, slots.descriptor))
 
     @classmethod
     def of_socket(cls, connection: socket.socket, slots: Slots, timeout: float) -> Wire:
         """The wire on a connected socket."""
         import socket
-        connection.setblocking(False)
+        try:
+            if os.name != "posix" or connection.gettimeout() is not None:
+                raise OSError("what follows is not for it")
+            for option in (socket.SO_RCVTIMEO, socket.SO_SNDTIMEO):
+                connection.setsockopt(socket.SOL_SOCKET, option, _MOMENT)
+        except OSError:
+            connection.setblocking(False)
         return cls(connection.fileno(), connection.fileno(), connection.recv, connection.send,
                    lambda: connection.shutdown(socket.SHUT_WR), slots, timeout)
 
     @classmethod
     def of_descriptors(cls, source: int, sink: int, slots: Slots, timeout: float) -> Wire:
         """The wire on two descriptors, which are left as they are: others may share them."""
-        ready_to_take = _Watch((), (sink,))
+        readable, ready_to_take = _Watch((source,)), _Watch((), (sink,))
+
+        def receive(size: int) -> bytes:
+            if not readable.wait(0):
+                raise BlockingIOError
+            return os.read(source, size)
 
         def send(data: bytes) -> int:
             if not ready_to_take.wait(0):
                 raise BlockingIOError
             return os.write(sink, data[:512])   # POSIX's PIPE_BUF: what fits when one may write
-        return cls(source, sink, lambda size: os.read(source, size), send, lambda: None, slots,
-                   timeout)
+        return cls(source, sink, receive, send, lambda: None, slots, timeout)
 
     def read_line(self, limit: int) -> Tuple[bytes, bytes]:
         """Return the next line, and apart from it its end, LF or CR LF.
@@ -740,11 +780,13 @@ class Wire:
         """Return the client's next bytes, at most `size`, after sending it what there is."""
         if self._output:
             self.flush()
-        while True:
+        if self._slots.drain_until is not None or time.monotonic() >= deadline:
             self._wait(True, deadline, idle)
+        while True:
             try:
                 data = self._receive(size)
             except (BlockingIOError, InterruptedError):
+                self._wait(True, deadline, idle)
                 continue
             except OSError as error:
                 raise Gone from error
@@ -768,28 +810,24 @@ class Wire:
     def _wait(self, reading: bool, deadline: float, idle: bool = False) -> None:
         """Wait for the client; `idle` says that it is in the middle of nothing."""
         slots, client = self._slots, self._source if reading else self._sink
-        now = time.monotonic()
+        watch = (_Watch((client, slots.descriptor)) if reading
+                 else _Watch((slots.descriptor,), (client,)))
         # Nobody tells a session that the slots have been filled: it looks now and then.
-        look_at = now + FULL_TIMEOUT
-        while now < deadline:
-            until = deadline
-            if slots.drain_until is None:
-                if now >= look_at:
-                    if slots.full:
-                        raise Silent
-                    look_at = now + 1.0
-                if look_at < until:
-                    until = look_at
-                watch = self._client_or_stop if reading else _Watch((slots.descriptor,), (client,))
-            elif idle or now >= slots.drain_until:
-                raise Stopping
-            else:
-                until = min(until, slots.drain_until)
-                watch = _Watch((client,)) if reading else _Watch((), (client,))
-            if client in watch.wait(until - now):
+        patience = FULL_TIMEOUT
+        while slots.drain_until is None:
+            left = deadline - time.monotonic()
+            if left <= 0:
+                raise Silent
+            ready = watch.wait(min(left, patience))
+            if client in ready:
                 return
-            now = time.monotonic()
-        raise Silent
+            if slots.full and not ready:
+                raise Silent
+            patience = 1.0
+        left = min(deadline, slots.drain_until) - time.monotonic()
+        watch = _Watch((client,)) if reading else _Watch((), (client,))
+        if idle or left <= 0 or client not in watch.wait(left):
+            raise Stopping
 
 
 class TLSWire(Wire):
@@ -933,6 +971,9 @@ class Session:
             reason, reply = "the server stops", Reply(421, "4.3.2", "Shutting down")
         except TLSHello:
             reason = "the client spoke TLS to a plain port"
+        except HTTPRequest:
+            reason = "the client spoke HTTP"
+            reply, linger = Reply(421, "4.7.0", "This is no web server"), 1.0
         except BaseException:
             self._error("internal error", exc_info=True)
             reason, reply = "internal error", Reply(421, "4.3.0", "Internal error")
@@ -982,15 +1023,14 @@ class Session:
     def _read_command(self) -> Tuple[str, str]:
         """Return the next command's verb, in upper case, and its argument."""
         line = self._read_line()
-        if len(line) + len(self._line_end) > MAX_LINE and line[:5].upper() != b"AUTH ":
+        secret = line[:5].upper() == b"AUTH "
+        if len(line) + len(self._line_end) > MAX_LINE and not secret:
+            self._refuse_http(line)
             raise Refused(Reply(500, "5.5.2", "Line too long"))
         try:
-            text = line.decode()
-        except UnicodeDecodeError:
-            raise Refused(Reply(500, "5.5.2", "Not UTF-8")) from None
-        if not text.isprintable() and any(c < " " or c == "\x7f" for c in text):
-            raise Refused(Reply(500, "5.5.2", "Control character"))
-        verb, argument = split_verb(text)
+            verb, argument = (parse_command if secret else parse_command_again)(line)
+        except ValueError as error:
+            raise Refused(Reply(500, "5.5.2", str(error))) from None
         if self._debugging:
             # Only what cannot be a password, as the lines after an AUTH that was refused may be.
             shown = verb if verb in self.VERBS else "(unknown)"
@@ -1000,7 +1040,7 @@ class Session:
         return verb, argument
 
     def _read_line(self) -> bytes:
-        """Return the next line without its end, unless it comes from a web browser."""
+        """Return the next line without its end."""
         try:
             line, self._line_end = self._wire.read_line(MAX_AUTH_LINE)
         except LineTooLong as error:
@@ -1011,14 +1051,14 @@ class Session:
             raise Refused(Reply(500, "5.5.2", "Line too long")) from None
         if self._line_end != b"\n":
             self._bare_lf = False
-        if self._first_line or is_http(line):
+        if self._first_line:
             self._refuse_http(line)
         return line
 
     def _refuse_http(self, line: bytes) -> None:
-        """End the session where a web page speaks: behind its request could stand a mail."""
+        """Raise HTTPRequest where a web page speaks: behind its request could stand a mail."""
         if is_http(line) or self._first_line and is_header(line):
-            raise Disconnect(Reply(421, "4.7.0", "This is no web server"), "the client spoke HTTP")
+            raise HTTPRequest
         self._first_line = False
 
     def _write(self, reply: Reply) -> None:
@@ -1130,6 +1170,7 @@ class Session:
         if argument:
             raise Refused(Reply(501, "5.5.4", "DATA takes no argument"))
         self._write(Reply(354, "", "Send the mail, then a line with only a dot"))
+        self._wire.flush()      # so that the client sends while all is made ready
         problem = self._receive(mail)
         self.mail = None
         if problem:
@@ -1273,7 +1314,9 @@ class Session:
         """
         prompt = binascii.b2a_base64(challenge, newline=False).decode()
         self._write(Reply(334, "", prompt))
-        response = self._read_line().decode("latin-1")
+        line = self._read_line()
+        self._refuse_http(line)
+        response = line.decode("latin-1")
         self._debug("C: (hidden)")
         if response == "*":
             raise Refused(Reply(501, "5.5.2", "Cancelled"))
@@ -1749,8 +1792,8 @@ class _Run:
                 return False
             self.ended = True
             if pid > 0:
-                self.status = (-os.WTERMSIG(status) if os.WIFSIGNALED(status)
-                               else os.WEXITSTATUS(status))
+                self.status = status and (-os.WTERMSIG(status) if os.WIFSIGNALED(status)
+                                          else os.WEXITSTATUS(status))
             if self.timed_out:
                 self._kill_group(signal.SIGKILL)    # those that the command left behind
             return True
@@ -2010,11 +2053,16 @@ class Server:
             for listener in listeners:
                 opened.enter_context(listener)
                 listener.setblocking(False)
+                # Its clients inherit this, or the last of two small replies might wait 40 ms.
+                with contextlib.suppress(OSError):      # a Unix socket has no delay
+                    listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             addresses = [peer_of(listener.getsockname()) for listener in listeners]
             slots = Slots(*socket.socketpair())
             opened.callback(slots.close)
             authenticator = self._authenticate and Authenticator(self._authenticate)
-            crew = _Crew(listeners, slots, self._max_sessions, self._log,
+            door = _Door(slots.descriptor, listeners, self._log)
+            opened.callback(door.close)
+            crew = _Crew(door, slots, self._max_sessions, self._log,
                          lambda client, name: self._serve(client, name, slots, authenticator))
             crew.hire()
             self._slots, self._crew = slots, crew
@@ -2093,36 +2141,93 @@ class Server:
     def _serve(self, client: socket.socket, name: object, slots: Slots,
                authenticator: Optional[Authenticator]) -> None:
         """Serve one client to the end."""
-        import socket
-        # Or else the last of two small replies may wait 40 ms. Some fail where the client has left.
-        try:
-            client.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        except OSError:
-            pass
         wire = Wire.of_socket(client, slots, self._settings.timeout)
         self._session(wire, self._settings, authenticator, self._log, next(self._numbers),
                       peer_of(name)).run()
 
 
+def _report(log: Log, message: str, *values: object, exc_info: bool = False) -> None:
+    """Log an error; a log that fails ends no thread."""
+    with contextlib.suppress(Exception):
+        log.error(message, *values, exc_info=exc_info)
+
+
+class _Door:
+    """Where the threads of a server wait for clients, each of whom wakes only one of them.
+
+    epoll(7) sees to that on Linux. Elsewhere one of the threads waits, the others for their turn.
+    """
+
+    def __init__(self, stop: int, listeners: Sequence[socket.socket], log: Log) -> None:
+        import threading
+        self._log = log
+        self._pause = 0.0       # seconds after the last client, who could not be let in
+        self._listeners = {listener.fileno(): listener for listener in listeners}
+        self._turn = threading.Lock()
+        self._watch = _Watch((stop, *self._listeners))
+        try:
+            self._epoll: Optional[select.epoll] = select.epoll()
+            self._once = select.EPOLLIN | select.EPOLLONESHOT
+            self._epoll.register(stop, select.EPOLLIN)
+            for descriptor in self._listeners:
+                self._epoll.register(descriptor, self._once)
+        except (AttributeError, OSError):
+            self._epoll = None
+
+    def accept(self) -> Optional[Tuple[socket.socket, object]]:
+        """Wait, and return a client and its address; None where one is to come again."""
+        if self._epoll is None:
+            with self._turn:
+                for descriptor in self._watch.wait(None):
+                    if descriptor in self._listeners:
+                        return self._let_in(descriptor)
+                return None
+        for descriptor, _ in self._epoll.poll(None, 1):
+            if descriptor in self._listeners:
+                try:
+                    return self._let_in(descriptor)
+                finally:
+                    self._epoll.modify(descriptor, self._once)      # for the next thread
+        return None
+
+    def _let_in(self, descriptor: int) -> Optional[Tuple[socket.socket, object]]:
+        try:
+            accepted = self._listeners[descriptor].accept()
+        except (BlockingIOError, ConnectionAbortedError):       # the client has left
+            return None
+        except Exception as error:      # descriptors or memory are short, which passes
+            if not self._pause:
+                _report(self._log, "cannot accept, will try again: %s", error or repr(error))
+            self._pause = min(2 * self._pause, 1.0) or 0.1
+            time.sleep(self._pause)
+            return None
+        self._pause = 0.0
+        return accepted
+
+    def close(self) -> None:
+        """Stop listening. Nobody may be in `accept`."""
+        for listener in self._listeners.values():
+            listener.close()
+        if self._epoll:
+            self._epoll.close()
+
+
 class _Crew:
     """The threads of a server from its start to its stop.
 
-    They take turns at the door, and each serves whom it has let in: so a client needs no hand-over
-    to another thread, and one that finds nobody at the door waits in the listen queue.
+    They wait at the door, and each serves whom it has let in: so a client needs no hand-over to
+    another thread, and one that finds nobody at the door waits in the listen queue.
     """
 
-    def __init__(self, listeners: Sequence[socket.socket], slots: Slots, number: int, log: Log,
+    def __init__(self, door: _Door, slots: Slots, number: int, log: Log,
                  serve: Callable[[socket.socket, object], None]) -> None:
         import threading
-        self._listeners = {listener.fileno(): listener for listener in listeners}
-        self._client_or_stop = _Watch((slots.descriptor, *self._listeners))
-        self._slots, self._log, self._serve = slots, log, serve
+        self._door, self._slots, self._log, self._serve = door, slots, log, serve
         self._threads = [threading.Thread(target=self._work, args=(n,), daemon=True,
                                           name="msmtpd-%d" % (n + 1)) for n in range(number)]
-        self._door = threading.Lock()       # held by the one that accepts
-        self._count = threading.Lock()      # guards the next
-        self._waiting = 0                   # how many are at the door
-        self._failing = False               # accept, and that has been logged
+        self._hiring = threading.Lock()     # held while they are started
+        self._waiting: Set[int] = set()     # the numbers of those that are at the door
+        slots.waiting = self._waiting
         self.left_behind = 0                # how many did not leave
 
     def hire(self) -> None:
@@ -2130,7 +2235,7 @@ class _Crew:
 
         All of them now: a start where memory has become short may wait for ever.
         """
-        with self._count:       # for which each of them waits at its start
+        with self._hiring:      # for the end of which each of them waits
             for number, thread in enumerate(self._threads):
                 try:
                     thread.start()
@@ -2139,7 +2244,8 @@ class _Crew:
                         raise
                     # The commands need processes, which are as short.
                     self._threads = self._threads[:(number + 1) // 2]
-                    self._error("no more than %d sessions at a time: %s", len(self._threads), error)
+                    _report(self._log, "no more than %d sessions at a time: %s",
+                            len(self._threads), error)
                     return
 
     def leave(self) -> bool:
@@ -2148,10 +2254,10 @@ class _Crew:
         Returns whether anybody may do so: False in one of these threads.
         """
         import threading
-        # Who stood at the door has left, but for those in the other process after a fork.
-        with contextlib.nullcontext() if self._slots.is_copy() else self._door:
-            for listener in self._listeners.values():
-                listener.close()
+        # Who stands at the door leaves it now, but for those in the other process after a fork.
+        while self._waiting and not self._slots.is_copy():
+            time.sleep(0.001)
+        self._door.close()
         if threading.current_thread() in self._threads:
             return False        # a deliver, which waits for nobody
         for thread in self._threads:
@@ -2160,70 +2266,32 @@ class _Crew:
                 thread.join(max(0.0, min(0.5, self._slots.leave_at - time.monotonic())))
         self.left_behind = sum(thread.is_alive() for thread in self._threads)
         if self.left_behind:
-            self._error("left behind: %d sessions, whose deliver does not return",
-                        self.left_behind)
+            _report(self._log, "left behind: %d sessions, whose deliver does not return",
+                    self.left_behind)
         return True
 
     def _work(self, number: int) -> None:
         """What each thread does."""
-        with self._count:
+        with self._hiring:
             if number >= len(self._threads):
                 return
         while self._slots.drain_until is None:
             try:
-                self._serve_next()
+                self._serve_next(number)
             except BaseException:
-                self._error("a session ended by an error", exc_info=True)
+                _report(self._log, "a session ended by an error", exc_info=True)
                 time.sleep(0.1)     # where it comes at once again
 
-    def _error(self, message: str, *values: object, exc_info: bool = False) -> None:
-        with contextlib.suppress(Exception):        # a log that fails ends no thread
-            self._log.error(message, *values, exc_info=exc_info)
-
-    def _serve_next(self) -> None:
-        """Wait for one's turn and for a client, and serve it."""
-        self._count_waiting(1)
+    def _serve_next(self, number: int) -> None:
+        """Wait for a client, and serve it."""
+        self._waiting.add(number)
         try:
-            with self._door:
-                accepted = self._accept()
+            accepted = self._door.accept()
         finally:
-            self._count_waiting(-1)
+            self._waiting.discard(number)
         if accepted:
             with accepted[0]:
                 self._serve(*accepted)
-
-    def _count_waiting(self, change: int) -> None:
-        with self._count:
-            self._waiting += change
-            self._slots.full = not self._waiting
-
-    def _accept(self) -> Optional[Tuple[socket.socket, object]]:
-        """Return the next client and its address, None when the server stops."""
-        pause = 0.1
-        while self._slots.drain_until is None:
-            try:
-                accepted = self._accept_ready()
-            except Exception as error:      # descriptors or memory are short, which passes
-                if not self._failing:
-                    self._error("cannot accept, will try again: %s", error or repr(error))
-                self._failing = True
-                time.sleep(pause)
-                pause = min(2 * pause, 1.0)
-                continue
-            if accepted:
-                self._failing = False
-                return accepted
-        return None
-
-    def _accept_ready(self) -> Optional[Tuple[socket.socket, object]]:
-        """Wait, and return a client, or None where it has left again or the server stops."""
-        for descriptor in self._client_or_stop.wait(None):
-            if descriptor in self._listeners:
-                try:
-                    return self._listeners[descriptor].accept()
-                except (BlockingIOError, ConnectionAbortedError):
-                    pass
-        return None
 
 
 def peer_of(name: object) -> Peer:

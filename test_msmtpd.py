@@ -801,20 +801,23 @@ class Limits(ServerCase):
         self.assertEqual(self.mails, [])
 
     def test_slow_clients(self):
-        def drip(client, seconds=0.05):
+        def drip(client, seconds):
             """Send a byte now and then until the server has had enough."""
+            end = time.monotonic() + PATIENCE
             with contextlib.suppress(ConnectionError):
                 while not select.select([client.socket], [], [], seconds)[0]:
                     client.send("x")
+                    self.assertLess(time.monotonic(), end, "the server puts up with it")
         server = self.serve(timeout=0.4)
-        with self.subTest("line"), Client(server) as client:
-            client.open()
-            drip(client)
-            self.assertEqual(client.rest()[:9], "421 4.4.2")
-        with self.subTest("mail data"), Client(server) as client:
-            client.open("MAIL FROM:<a@b>", "RCPT TO:<c@d>", "DATA")
-            drip(client)
-            self.assertEqual(client.rest()[:9], "421 4.4.2")
+        for seconds in (0.05, 0.2 * msmtpd.MOMENT):     # with pauses, and without any
+            with self.subTest("line", seconds=seconds), Client(server) as client:
+                client.open()
+                drip(client, seconds)
+                self.assertEqual(client.rest()[:9], "421 4.4.2")
+            with self.subTest("mail data", seconds=seconds), Client(server) as client:
+                client.open("MAIL FROM:<a@b>", "RCPT TO:<c@d>", "DATA")
+                drip(client, seconds)
+                self.assertEqual(client.rest()[:9], "421 4.4.2")
 
     def test_clients_that_do_not_read(self):
         server = self.serve(timeout=0.3)
@@ -1408,6 +1411,18 @@ class Authentication(ServerCase):
             client.open("AUTH PLAIN " + self.RIGHT, "MAIL FROM:<a@b>")
             self.assertEqual(client.do("AUTH PLAIN " + self.RIGHT)[:9], "503 5.5.1")
 
+    def test_no_line_with_a_password_is_kept(self):
+        msmtpd.parse_command_again.cache_clear()
+        with Client(self.serve()) as client:
+            client.open("AUTH PLAIN " + self.WRONG, "auth plain " + self.WRONG[::-1])
+            self.assertEqual(client.do("AUTH PLAIN", self.RIGHT)[:3], "235")
+        self.assertEqual(msmtpd.parse_command_again.cache_info().currsize, 1)   # EHLO
+
+    def test_no_web_page_in_between(self):
+        with Client(self.serve()) as client:
+            self.assertEqual(client.open("AUTH LOGIN", "POST / HTTP/1.1")[:9], "421 4.7.0")
+            self.assertEqual(client.rest(), "")
+
     def test_third_failure_ends_the_session(self):
         with Client(self.serve()) as client:
             client.open("AUTH PLAIN " + self.WRONG, "AUTH PLAIN !", "AUTH PLAIN " + self.WRONG)
@@ -1502,7 +1517,7 @@ class Slots(ServerCase):
 
     def test_accept_may_fail(self):
         server = self.serve()
-        (number, real), = server._crew._listeners.items()
+        (number, real), = server._crew._door._listeners.items()
         failures = [OSError(24, "Too many open files")] * 3
 
         class Listener:
@@ -1521,13 +1536,35 @@ class Slots(ServerCase):
         with self.assertLogs("msmtpd", "ERROR") as logs:
             with Client(server) as client:     # has woken the thread that polls
                 client.open()
-            server._crew._listeners[number] = Listener()
+            server._crew._door._listeners[number] = Listener()
             with Client(server) as client:
                 client.open()
             with Client(server) as client:
                 self.assertEqual(client.open()[:3], "250")
         self.assertEqual(failures, [])
         self.assertEqual(len(logs.output), 1)
+
+    def test_threads_take_turns_where_there_is_no_epoll(self):
+        with mock.patch.object(select, "epoll", side_effect=OSError(38, "none"), create=True):
+            server = self.serve(host=["127.0.0.1", "127.0.0.2"], max_sessions=3)
+        for host in ("127.0.0.1", "127.0.0.2") * 3:
+            clients = [self.client((host, server.port)) for _ in range(5)]
+            for client in clients:      # the last two wait until others have left
+                client.send("EHLO x\r\nMAIL FROM:<a@b>\r\nRCPT TO:<c@d>\r\n"
+                            "DATA\r\nx\r\n.\r\nQUIT\r\n")
+            for client in clients:
+                self.assertEqual(client.rest().splitlines()[-1], "221 2.0.0 Goodbye")
+        self.assertEqual(len(self.mails), 30)
+        server.stop()
+        with self.assertRaises(ConnectionRefusedError):
+            Client(server)
+
+    def test_small_replies_are_not_held_back(self):
+        with mock.patch.object(msmtpd.Wire, "of_socket", wraps=msmtpd.Wire.of_socket) as made, \
+                Client(self.serve()) as client:
+            client.open()
+            connection = made.call_args[0][0]
+            self.assertTrue(connection.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY))
 
     def test_threads_may_be_not_to_be_had(self):
         start, left = threading.Thread.start, [1, 1, 1, 1]
@@ -1756,6 +1793,42 @@ class StoppingAServer(LibraryCase):
         self.release.set()
         for client in (stuck, data):
             self.assertEqual(client.line(), "250 2.0.0 Delivered")
+
+    def test_clients_that_never_pause(self):
+        server = self.serve()
+        client = self.client(server)
+        client.open()
+        lines = iter(client.file.readline, b"")
+
+        def talk():
+            with contextlib.suppress(ConnectionError):
+                while True:
+                    client.send("NOOP\r\n")
+        talking = threading.Thread(target=talk, daemon=True)
+        talking.start()
+        self.assertEqual(next(lines), b"250 2.0.0 Here\r\n")
+        stopping = threading.Thread(target=server.stop)
+        stopping.start()
+        self.assertEqual(list(lines)[-1], b"421 4.3.2 Shutting down\r\n")
+        for thread in (stopping, talking):
+            thread.join(PATIENCE)
+            self.assertFalse(thread.is_alive())
+
+    def test_sockets_that_wait_by_themselves_for_too_long_or_not_at_all(self):
+        """Clients are served and told, whatever the defaults and the system's abilities."""
+        for name, default, moment in (("default timeout", 60.0, msmtpd._MOMENT),
+                                      ("no timeouts", None, b"")):
+            with self.subTest(name), mock.patch.object(msmtpd, "_MOMENT", moment):
+                self.addCleanup(socket.setdefaulttimeout, None)
+                socket.setdefaulttimeout(default)
+                server = self.serve()
+                client = self.client(server)
+                client.open("MAIL FROM:<a@b>", "RCPT TO:<c@d>", "DATA")
+                self.assertEqual(client.do("x\r\n.")[:3], "250")
+                began = time.monotonic()
+                server.stop()
+                self.assertEqual(client.rest(), "421 4.3.2 Shutting down\r\n")
+                self.assertLess(time.monotonic() - began, 1.4)
 
     def test_grace_and_patience_are_seconds(self):
         server = self.serve(self.stuck)
@@ -4719,6 +4792,8 @@ FOREIGN = [     # what comes, what is answered, what the log says
     (REQUEST % "CONNECT", "421 4.7.0 ", "spoke HTTP"),
     (REQUEST % "X-NEW", "421 4.7.0 ", "spoke HTTP"),
     ("NOOP\r\n" + REQUEST % "PUT", "421 4.7.0 ", "spoke HTTP"),
+    ("NOOP\r\nGET /" + "x" * 3000 + " HTTP/1.1\r\n" + MAIL_IN_HTTP, "421 4.7.0 ", "spoke HTTP"),
+    ("NOOP\r\nAUTH /\xe9 HTTP/1.1\r\n" + MAIL_IN_HTTP, "421 4.7.0 ", "spoke HTTP"),
     ("Host: localhost\r\n" + MAIL_IN_HTTP, "421 4.7.0 ", "spoke HTTP"),
     ("GET /" + "x" * 20000 + " HTTP/1.1\r\n" + MAIL_IN_HTTP, "421 4.7.0 ", "spoke HTTP"),
     ("POST /" + "x" * 70000 + " HTTP/1.1\r\n" + MAIL_IN_HTTP, "421 4.7.0 ", "spoke HTTP"),

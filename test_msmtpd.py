@@ -1502,10 +1502,19 @@ class Slots(ServerCase):
 
     def test_silent_clients_stay_while_there_is_room(self):
         self.patch(FULL_TIMEOUT=0.1)
-        with Client(self.serve(max_sessions=3)) as client:
+        server = self.serve(max_sessions=2)
+        with Client(server) as client:
             client.open()
             self.assertEqual(select.select([client.socket], [], [], 1.5)[0], [])
             self.assertEqual(client.do("NOOP")[:3], "250")
+            self.assertEqual(select.select([client.socket], [], [], 0.3)[0], [])
+            with Client(server) as other:       # one that is not silent has the last place
+                other.open()
+                end = time.monotonic() + 5
+                while not select.select([client.socket], [], [], 0.02)[0]:
+                    self.assertEqual(other.do("NOOP")[:3], "250")
+                    self.assertLess(time.monotonic(), end, "nobody looks again")
+            self.assertEqual(client.rest()[:9], "421 4.4.2")
 
     def test_threads_are_kept_and_reused(self):
         threads = set()
@@ -1795,24 +1804,56 @@ class StoppingAServer(LibraryCase):
             self.assertEqual(client.line(), "250 2.0.0 Delivered")
 
     def test_clients_that_never_pause(self):
-        server = self.serve()
-        client = self.client(server)
-        client.open()
-        lines = iter(client.file.readline, b"")
+        for begin, line, grace, seconds in (
+                ((), "NOOP", 30.0, 0.0),
+                (("MAIL FROM:<a@b>", "RCPT TO:<c@d>", "DATA"), "x" * 98, 0.5, 0.5)):
+            server = self.serve()
+            client = self.client(server)
+            client.open(*begin)
 
-        def talk():
-            with contextlib.suppress(ConnectionError):
-                while True:
-                    client.send("NOOP\r\n")
-        talking = threading.Thread(target=talk, daemon=True)
-        talking.start()
-        self.assertEqual(next(lines), b"250 2.0.0 Here\r\n")
+            def talk(client=client, line=line):
+                with contextlib.suppress(ConnectionError):
+                    while True:
+                        client.send((line + "\r\n") * 10000)
+
+            def listen(client=client):
+                with contextlib.suppress(ConnectionError):
+                    while client.line():
+                        pass
+            talking = [threading.Thread(target=talk), threading.Thread(target=listen)]
+            for thread in talking:
+                thread.start()
+            began = time.monotonic()
+            server.stop(grace=grace, patience=PATIENCE)
+            took = time.monotonic() - began
+            for thread in talking:
+                thread.join(PATIENCE)
+                self.assertFalse(thread.is_alive())
+            self.assertTrue(seconds <= took < seconds + 5, took)
+
+    def test_no_listener_is_closed_in_the_middle_of_an_accept(self):
+        server = self.serve()
+        (number, real), = server._crew._door._listeners.items()
+        entered, release, closed = threading.Event(), threading.Event(), []
+
+        class Listener:
+            def accept(self):
+                entered.set()
+                release.wait(PATIENCE)
+                return real.accept()
+
+            def close(self):
+                closed.append(release.is_set())
+                real.close()
+        server._crew._door._listeners[number] = Listener()
+        self.client(server)
+        self.assertTrue(entered.wait(PATIENCE))
         stopping = threading.Thread(target=server.stop)
         stopping.start()
-        self.assertEqual(list(lines)[-1], b"421 4.3.2 Shutting down\r\n")
-        for thread in (stopping, talking):
-            thread.join(PATIENCE)
-            self.assertFalse(thread.is_alive())
+        stopping.join(0.1)
+        release.set()
+        stopping.join(PATIENCE)
+        self.assertEqual(closed, [True])
 
     def test_sockets_that_wait_by_themselves_for_too_long_or_not_at_all(self):
         """Clients are served and told, whatever the defaults and the system's abilities."""
@@ -3927,6 +3968,26 @@ class Services(PeerCase):
                           envelope=ENVELOPE[3:])
                 service.terminate()
                 service.wait(PATIENCE)
+
+    def test_compiled_program_of_the_manual(self):
+        library = os.path.join(self.folder, "library")
+        os.mkdir(library)
+        source = shutil.copy(msmtpd.__file__, library)
+        done = subprocess.run([sys.executable, "-m", "compileall", "-q", library], check=False)
+        self.assertEqual(done.returncode, 0)
+        # The same size and time, so that Python takes what was compiled: this it cannot read.
+        status = os.stat(source)
+        with open(source, "w", encoding="ascii") as file:
+            file.write("?" * status.st_size)
+        os.utime(source, ns=(status.st_atime_ns, status.st_mtime_ns))
+        start = self.write("start", self.from_the_manual(r"^(#!/usr/bin/python3 .*?)^\.Ed").replace(
+            "/usr/local/lib/msmtpd", library))
+        done = subprocess.run([sys.executable, "-S", start, "--inetd", "--command=" + self.capture],
+                              input=b"".join(Inetd.DIALOGUE), stdout=subprocess.PIPE,
+                              timeout=PATIENCE, check=False)
+        self.assertEqual(done.returncode, 0)
+        self.assertIn(b"250 2.0.0 Delivered\r\n", done.stdout)
+        self.assertEqual(len(self.delivered()), 1)
 
     def test_systemd_units_of_the_manual(self):
         self.need("systemd-analyze")

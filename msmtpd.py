@@ -105,8 +105,8 @@ MOMENT = 0.02                      # seconds that a socket waits without an eye 
 SHORT_PAUSE = 0.0005               # seconds until the first look whether a command has ended
 LISTEN_QUEUE = 4096                # clients that wait; the kernel may cut it, Linux to somaxconn
 CHUNK = 65536                      # bytes per read
-GATHERED = 4096                    # bytes of replies that wait for what else is to be sent
 LARGE_CHUNK = 196608               # the same of a large mail: fewer wake-ups, yet in the cache
+GATHERED = 4096                    # bytes of replies that wait for what else is to be sent
 
 
 # ---------------------------------------------------------------------------------------------
@@ -306,6 +306,12 @@ class Mail:
         return "<Mail from %r to %r, %d bytes>" % (self.sender, self.recipients, self.size)
 
 
+def _refuse_async(result: object) -> None:
+    """Raise TypeError where a function was an async one: nobody would await what it returned."""
+    if hasattr(result, "__await__"):
+        raise TypeError("deliver and check have to be plain functions, not async ones")
+
+
 class Settings(collections.namedtuple("Settings", (
         "deliver", "check", "tls", "starttls", "received", "max_size", "timeout"))):
     """What all sessions of a server share: as Server's arguments."""
@@ -332,6 +338,11 @@ class ErrorsOnly:
             import traceback
             text += "\n" + traceback.format_exc().rstrip()
         _tell(text)
+
+
+def _why(error: BaseException) -> str:
+    """What an exception says, or its name: many a MemoryError says nothing."""
+    return str(error) or type(error).__name__
 
 
 def _tell(text: str) -> None:
@@ -397,7 +408,7 @@ HTTP_METHODS = frozenset(
 
 
 class HTTPRequest(Exception):
-    """The line is a request line of HTTP."""
+    """The client speaks HTTP."""
 
 
 def parse_command(line: bytes) -> Tuple[str, str]:
@@ -417,7 +428,7 @@ def parse_command(line: bytes) -> Tuple[str, str]:
     return (verb.upper() if verb.isascii() else ""), argument.strip(" ")
 
 
-# The same few lines come again and again; not for what may hold a password.
+# The same few lines come again and again. Not for those of AUTH, which hold passwords.
 parse_command_again = functools.lru_cache(maxsize=64)(parse_command)
 
 
@@ -474,12 +485,15 @@ def decode_base64(text: bytes) -> Optional[bytes]:
     import base64
     try:
         return base64.b64decode(text, validate=True)
-    except (binascii.Error, ValueError):
+    except ValueError:      # binascii.Error is one
         return None
 
 
 def parse_plain(response: bytes) -> Optional[Tuple[str, str]]:
-    """User and password in a PLAIN response (RFC 4616 section 2), None where it is not one."""
+    """User and password in a PLAIN response (RFC 4616 section 2), None where it is not one.
+
+    For whom else the user wants to act, the authorization identity, is not looked at.
+    """
     fields = response.split(b"\0")
     if len(fields) != 3:
         return None
@@ -554,7 +568,7 @@ class Gone(Exception):
 
 
 class Silent(Exception):
-    """The client neither spoke nor read for as long as it may."""
+    """The client neither spoke nor read for as long as it may, or was too slow."""
 
 
 class Stopping(Exception):
@@ -662,12 +676,13 @@ class Wire:
     def of_socket(cls, connection: socket.socket, slots: Slots, timeout: float) -> Wire:
         """The wire on a connected socket."""
         import socket
+        blocking = os.name == "posix" and connection.gettimeout() is None
         try:
-            if os.name != "posix" or connection.gettimeout() is not None:
-                raise OSError("what follows is not for it")
-            for option in (socket.SO_RCVTIMEO, socket.SO_SNDTIMEO):
+            for option in (socket.SO_RCVTIMEO, socket.SO_SNDTIMEO) if blocking else ():
                 connection.setsockopt(socket.SOL_SOCKET, option, _MOMENT)
         except OSError:
+            blocking = False
+        if not blocking:
             connection.setblocking(False)
         return cls(connection.fileno(), connection.fileno(), connection.recv, connection.send,
                    lambda: connection.shutdown(socket.SHUT_WR), slots, timeout)
@@ -782,6 +797,8 @@ class Wire:
             self.flush()
         if self._slots.drain_until is not None or time.monotonic() >= deadline:
             self._wait(True, deadline, idle)
+        # Mostly the client speaks at once. A socket itself waits for that, which costs one system
+        # call instead of two, and the interpreter is left to others only once.
         while True:
             try:
                 data = self._receive(size)
@@ -824,10 +841,14 @@ class Wire:
             if slots.full and not ready:
                 raise Silent
             patience = 1.0
-        left = min(deadline, slots.drain_until) - time.monotonic()
         watch = _Watch((client,)) if reading else _Watch((), (client,))
-        if idle or left <= 0 or client not in watch.wait(left):
-            raise Stopping
+        while not idle:
+            left = min(deadline, slots.drain_until) - time.monotonic()
+            if left <= 0:
+                break
+            if watch.wait(min(left, 0.2)):      # in turns, as a further drain may shorten it
+                return
+        raise Stopping
 
 
 class TLSWire(Wire):
@@ -966,7 +987,8 @@ class Session:
         except Gone:
             reason = "the client left" + (" in mid-transaction" if self.mail else "")
         except Silent:
-            reason, reply = "the client was silent", Reply(421, "4.4.2", "Waited for too long")
+            reason = "the client was silent or too slow"
+            reply = Reply(421, "4.4.2", "Waited for too long")
         except Stopping:
             reason, reply = "the server stops", Reply(421, "4.3.2", "Shutting down")
         except TLSHello:
@@ -1267,8 +1289,9 @@ class Session:
         if self._settings.check is None:
             return
         try:
-            self._settings.check(address, mail)
+            _refuse_async(self._settings.check(address, mail))
         except _Failure as failure:
+            self._log_details(failure)
             raise Refused(failure.reply(553, detail, "Address refused"), False) from None
         except BaseException:
             self._error("check raised", exc_info=True)
@@ -1379,7 +1402,7 @@ class Session:
             mail.spool.write(data)
             return None
         except (OSError, MemoryError) as error:
-            self._error("cannot spool: %s", error or type(error).__name__)
+            self._error("cannot spool: %s", _why(error))
             mail.spool.close()
             return Reply(452, "4.3.1", "No room for the mail now")
 
@@ -1394,18 +1417,19 @@ class Session:
         """Call `deliver`; return what its end means to the client."""
         self._wire.flush()
         try:
-            result = self._settings.deliver(mail)
-            if hasattr(result, "__await__"):        # nobody would await it, and the mail be lost
-                raise TypeError("deliver is an async function; it has to be a plain one")
+            _refuse_async(self._settings.deliver(mail))
             reply = Reply(250, "2.0.0", "Delivered")
         except _Failure as failure:
-            for line in failure.details:
-                self._error("%s", _shown(line))
+            self._log_details(failure)
             reply = failure.reply(554, "3.0", "Delivery failed")
         except BaseException:
             self._error("deliver raised", exc_info=True)
             reply = Reply(451, "4.3.0", "Internal error")
         return reply
+
+    def _log_details(self, failure: _Failure) -> None:
+        for line in failure.details:
+            self._error("%s", _shown(line))
 
     def _log_mail(self, mail: Mail, reply: Reply, seconds: float) -> None:
         """Say in one line what became of the mail."""
@@ -1438,7 +1462,8 @@ class Authenticator:
         """
         accepted = False
         try:
-            accepted = bool(self._authenticate(user, password))
+            # True, or a database's 1; a coroutine, or an object with the result in it, is neither.
+            accepted = self._authenticate(user, password) in (True,)
         finally:
             # Remembered before the delay, so that no guess beside this one is answered sooner.
             if not accepted:
@@ -1557,8 +1582,8 @@ class Command:
             run = _Run(self._start, self._program, self._arguments(mail), mail, self._stdout)
         except (OSError, ValueError, MemoryError) as error:
             missing = isinstance(error, (FileNotFoundError, PermissionError, NotADirectoryError))
-            raise TemporaryFailure("Cannot start the command: %s" % error, 451,
-                                   "4.3.5" if missing else "4.3.0", [str(error)]) from None
+            raise TemporaryFailure("Cannot start the command: " + _why(error), 451,
+                                   "4.3.5" if missing else "4.3.0", [_why(error)]) from None
         self._runs.add(run)
         try:
             run.finish(self._timeout)
@@ -1592,7 +1617,7 @@ class Command:
         if bare.rstrip()[-1] in ";&|<>":
             raise ValueError("the command ends in %s, which would make a command or a file of "
                              "the recipients; end it in --" % bare.rstrip()[-1])
-        if bare.endswith("\\") or not _last_command(bare):
+        if not _takes_arguments(bare):
             raise ValueError("nothing in the command takes the recipients as arguments; end it in "
                              "a program, or in :, which ignores them")
         if re.search(r"(?:^|[\s;&|()])#", bare):
@@ -1665,12 +1690,14 @@ def _find_reparser(words: List[str]) -> str:
     return ""
 
 
-def _last_command(bare: str) -> List[str]:
-    """The words of the last command in a command line without its quoted parts.
+def _takes_arguments(bare: str) -> bool:
+    """Whether words behind a command line, here without its quoted parts, become arguments.
 
-    What precedes a command, assignments, redirections and reserved words, is left out: the word
-    behind it would be the program.
+    They do where its last command has a program: behind what may precede one, assignments,
+    redirections and reserved words, they would be the program themselves.
     """
+    if bare.endswith("\\"):
+        return False
     before = ""
     while bare != before:       # from the innermost parentheses outwards
         before, bare = bare, re.sub(r"\$?\([^()]*\)|`[^`]*`", "x", bare)
@@ -1678,7 +1705,7 @@ def _last_command(bare: str) -> List[str]:
     words = re.split("[;&|()]", bare)[-1].split()
     while words and re.fullmatch(r"\w+=.*|[!{]|do|then|else|elif|if|while|until", words[0]):
         del words[0]
-    return words
+    return bool(words)
 
 
 class _Run:
@@ -1745,6 +1772,10 @@ class _Run:
                     self.kill(signals.pop(0))
                     deadline = now + KILL_DELAY
                 self._work(min(deadline - now, 3600.0))
+            if self.timed_out and signals:      # SIGTERM did; others of its group have as long
+                while time.monotonic() < deadline and self._signal_group(0):
+                    time.sleep(0.05)
+                self._signal_group(signal.SIGKILL)
         except BaseException:
             self.kill(signal.SIGKILL)
             raise
@@ -1770,13 +1801,17 @@ class _Run:
         if self._lock.acquire(blocking=False):      # or else it is being reaped
             try:
                 if not self.ended:
-                    self._kill_group(number)
+                    self._signal_group(number)
             finally:
                 self._lock.release()
 
-    def _kill_group(self, number: int) -> None:
-        with contextlib.suppress(ProcessLookupError, PermissionError):
+    def _signal_group(self, number: int) -> bool:
+        """Send a signal, 0 for none, to the whole group; return whether any process got it."""
+        try:
             os.killpg(self._pid, number)
+        except (ProcessLookupError, PermissionError):
+            return False
+        return True
 
     def reap(self) -> bool:
         """Take the status of the command, if it has ended; return whether it has."""
@@ -1794,8 +1829,6 @@ class _Run:
             if pid > 0:
                 self.status = status and (-os.WTERMSIG(status) if os.WIFSIGNALED(status)
                                           else os.WEXITSTATUS(status))
-            if self.timed_out:
-                self._kill_group(signal.SIGKILL)    # those that the command left behind
             return True
 
     def _feed_more(self) -> None:
@@ -1980,7 +2013,7 @@ class Server:
     PermanentFailure says when it raises one; any other exception is logged and answered 451.
     host: an IP address, or a sequence of them. port: 0 for a free one. sockets: listening sockets
     to use instead of these; stop() closes them.
-    authenticate(user, password): as str; a client may send once this returned True. False is
+    authenticate(user, password): as str; a client may send once this returned True. All else is
     answered AUTH_DELAY seconds late, and so is all AUTH for AUTH_MEMORY seconds after it; an
     exception is answered 454. If None, nobody has to authenticate, or can.
     tls: an ssl.SSLContext for STARTTLS, or with starttls=False for TLS from the first byte.
@@ -2180,24 +2213,24 @@ class _Door:
             with self._turn:
                 for descriptor in self._watch.wait(None):
                     if descriptor in self._listeners:
-                        return self._let_in(descriptor)
+                        return self._accept_from(descriptor)
                 return None
         for descriptor, _ in self._epoll.poll(None, 1):
             if descriptor in self._listeners:
                 try:
-                    return self._let_in(descriptor)
+                    return self._accept_from(descriptor)
                 finally:
                     self._epoll.modify(descriptor, self._once)      # for the next thread
         return None
 
-    def _let_in(self, descriptor: int) -> Optional[Tuple[socket.socket, object]]:
+    def _accept_from(self, descriptor: int) -> Optional[Tuple[socket.socket, object]]:
         try:
             accepted = self._listeners[descriptor].accept()
         except (BlockingIOError, ConnectionAbortedError):       # the client has left
             return None
         except Exception as error:      # descriptors or memory are short, which passes
             if not self._pause:
-                _report(self._log, "cannot accept, will try again: %s", error or repr(error))
+                _report(self._log, "cannot accept, will try again: %s", _why(error))
             self._pause = min(2 * self._pause, 1.0) or 0.1
             time.sleep(self._pause)
             return None
@@ -2245,7 +2278,7 @@ class _Crew:
                     # The commands need processes, which are as short.
                     self._threads = self._threads[:(number + 1) // 2]
                     _report(self._log, "no more than %d sessions at a time: %s",
-                            len(self._threads), error)
+                            len(self._threads), _why(error))
                     return
 
     def leave(self) -> bool:
@@ -2266,8 +2299,7 @@ class _Crew:
                 thread.join(max(0.0, min(0.5, self._slots.leave_at - time.monotonic())))
         self.left_behind = sum(thread.is_alive() for thread in self._threads)
         if self.left_behind:
-            _report(self._log, "left behind: %d sessions, whose deliver does not return",
-                    self.left_behind)
+            _report(self._log, "left behind: %d sessions, which do not end", self.left_behind)
         return True
 
     def _work(self, number: int) -> None:
@@ -2277,21 +2309,21 @@ class _Crew:
                 return
         while self._slots.drain_until is None:
             try:
-                self._serve_next(number)
+                accepted = self._let_in(number)
+                if accepted:
+                    with accepted[0]:
+                        self._serve(*accepted)
             except BaseException:
                 _report(self._log, "a session ended by an error", exc_info=True)
                 time.sleep(0.1)     # where it comes at once again
 
-    def _serve_next(self, number: int) -> None:
-        """Wait for a client, and serve it."""
-        self._waiting.add(number)
+    def _let_in(self, number: int) -> Optional[Tuple[socket.socket, object]]:
+        """Wait at the door, unless the server stops; return a client, if one came."""
+        self._waiting.add(number)       # first: `leave` looks for it once the server stops
         try:
-            accepted = self._door.accept()
+            return self._door.accept() if self._slots.drain_until is None else None
         finally:
             self._waiting.discard(number)
-        if accepted:
-            with accepted[0]:
-                self._serve(*accepted)
 
 
 def peer_of(name: object) -> Peer:
@@ -2407,6 +2439,7 @@ def _settle(inetd: bool) -> None:
             os.fstat(descriptor)
         except OSError:         # closed, and the next file opened would be taken for it
             os.set_inheritable(os.open(os.devnull, os.O_RDWR), True)
+    # inetd makes the client standard error, too, which is no place for what is meant for others.
     if inetd and any(os.path.sameopenfile(2, descriptor) for descriptor in (0, 1)):
         os.dup2(os.open(os.devnull, os.O_RDWR), 2)
     os.environ.setdefault("PATH", DEFAULT_PATH)
@@ -2691,7 +2724,7 @@ def _ask_keyring(user: str) -> Tuple[str, str]:
     except ImportError:
         return "", "no Python package keyring"
     except Exception as error:      # each of its back ends has its own
-        return "", "keyring: %s" % _shown(str(error) or type(error).__name__)
+        return "", "keyring: %s" % _shown(_why(error))
 
 
 def _tls_context(certificate: str, key: Optional[str]) -> ssl.SSLContext:
@@ -2798,7 +2831,8 @@ def _start_server(server: Server, options: argparse.Namespace) -> None:
 
 def _announce(server: Server, log: Log, options: argparse.Namespace, on_terminal: bool) -> None:
     """Say where the server listens, and warn where that asks for more protection."""
-    places = " and ".join(map(str, server.addresses))
+    places = " and ".join(str(peer) if peer.host else "a Unix socket"
+                          for peer in server.addresses)
     log.info("listening on %s, piping mails to: %s", places, options.command)
     if any(peer.host and peer.host != "::1" and not peer.host.startswith("127.")
            for peer in server.addresses):
@@ -2806,7 +2840,7 @@ def _announce(server: Server, log: Log, options: argparse.Namespace, on_terminal
             _warn(log, options, "anybody who reaches %s can send mail; use --auth" % places)
         elif not server.tls:
             _warn(log, options, "passwords come to %s unencrypted; use --tls-cert-file" % places)
-    if on_terminal:
+    if on_terminal and server.addresses[0].host:
         client = "openssl s_client -connect %s:%s" if options.tls_starttls == "off" else "nc %s %s"
         host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(server.host, server.host)
         _tell("listening on %s, piping mails to: %s (to try it: %s; to stop it: Ctrl-C)"

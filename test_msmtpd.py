@@ -1136,6 +1136,12 @@ class Delivery(ProgramCase):
                     pid = int(file.read())
                 wait_for(lambda pid=pid: not is_running(pid), "the rest of the group to end")
 
+    def test_all_that_a_shell_started_may_end_in_good_order(self):
+        script = self.script("slow", "#!/bin/sh\ntrap 'sleep 0.5; touch %s/done; exit 0' TERM\n"
+                             "while :; do sleep 0.05; done\n" % self.folder)
+        self.assertEqual(self.run_command(script + " && :", timeout=0.2)[1], "exit=timeout")
+        self.assertTrue(os.path.exists(os.path.join(self.folder, "done")))
+
     def test_one_that_cannot_be_ended_holds_nothing_up(self):
         command = msmtpd.Command(self.script(
             "hang", "#!/bin/sh\nread line\n[ \"$line\" = x ] || exit 0\n"
@@ -1462,7 +1468,16 @@ class Authentication(ServerCase):
             with Client(super().serve(deliver)) as client:
                 client.open("MAIL FROM:<a@b>", "RCPT TO:<c@d>", "DATA")
                 self.assertEqual(client.do("x\r\n.")[:9], "451 4.3.0")
-        self.assertIn("async function", "".join(logs.output))
+        self.assertIn("not async ones", "".join(logs.output))
+
+    def test_only_true_is_a_yes(self):
+        async def later(user, password):
+            return True
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")         # never awaited
+            for answer in (later, lambda *_: None, lambda *_: "no", lambda *_: object()):
+                with Client(self.serve(authenticate=answer)) as client:
+                    self.assertEqual(client.open("AUTH PLAIN " + self.RIGHT)[:3], "535")
 
     def test_an_exception_says_nothing(self):
         def authenticate(user, password):
@@ -1567,6 +1582,23 @@ class Slots(ServerCase):
         server.stop()
         with self.assertRaises(ConnectionRefusedError):
             Client(server)
+
+    @unittest.skipUnless(hasattr(socket, "AF_UNIX"), "no Unix sockets")
+    def test_unix_sockets(self):
+        folder = tempfile.TemporaryDirectory()
+        self.addCleanup(folder.cleanup)
+        path = os.path.join(folder.name, "socket")
+        listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        listener.bind(path)
+        listener.listen()
+        server = self.serve(sockets=[listener], received=True)
+        self.assertEqual(server.addresses, [msmtpd.Peer(None, None)])
+        with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as client:
+            client.connect(path)
+            client.sendall(b"EHLO x\r\nMAIL FROM:<a@b>\r\nRCPT TO:<c@d>\r\n"
+                           b"DATA\r\nx\r\n.\r\nQUIT\r\n")
+            self.assertEqual(client.makefile("rb").read()[-21:], b"\r\n221 2.0.0 Goodbye\r\n")
+        self.assertTrue(self.mails[0].data.startswith(b"Received: from x\n\tby localhost"))
 
     def test_small_replies_are_not_held_back(self):
         with mock.patch.object(msmtpd.Wire, "of_socket", wraps=msmtpd.Wire.of_socket) as made, \
@@ -1830,6 +1862,24 @@ class StoppingAServer(LibraryCase):
                 thread.join(PATIENCE)
                 self.assertFalse(thread.is_alive())
             self.assertTrue(seconds <= took < seconds + 5, took)
+
+    def test_a_further_drain_shortens_the_grace(self):
+        server = self.serve()
+        client = self.client(server)
+        client.open("MAIL FROM:<a@b>", "RCPT TO:<c@d>", "DATA")
+        server.drain(30.0, 30.0)
+        client.send("x\r\n")      # still heard
+        began = time.monotonic()
+        server.stop(0.3, 1.0)
+        self.assertEqual(client.rest(), "421 4.3.2 Shutting down\r\n")
+        self.assertLess(time.monotonic() - began, 1.2)
+        self.assertEqual(self.more_threads(), 0)
+
+    def test_a_thread_that_comes_to_the_door_when_it_is_closed(self):
+        server = self.serve()
+        crew = server._crew
+        server.stop()
+        self.assertIsNone(crew._let_in(0))
 
     def test_no_listener_is_closed_in_the_middle_of_an_accept(self):
         server = self.serve()
@@ -2505,6 +2555,23 @@ class ChecksOfAddresses(LibraryCase):
         self.assertEqual([entry[0] for entry in asked],
                          ["", "b@example.org", '"o b"@example.org', "root"])
         self.assertEqual({(entry[1], entry[3]) for entry in asked}, {("", "client.example")})
+
+    def test_may_not_be_async(self):
+        async def check(address, mail):
+            raise msmtpd.PermanentFailure("no")
+        with self.assertLogs("msmtpd", "ERROR") as log, warnings.catch_warnings():
+            warnings.simplefilter("ignore")         # never awaited
+            client = self.client(self.serve(check=check))
+            self.assertEqual(client.open("MAIL FROM:<a@example.org>"), "451 4.3.0 Internal error")
+        self.assertIn("not async ones", log.output[0])
+
+    def test_details_are_for_the_log(self):
+        def check(address, mail):
+            raise msmtpd.PermanentFailure("no", details=["why\n", "else"])
+        with self.assertLogs("msmtpd", "ERROR") as log:
+            client = self.client(self.serve(check=check))
+            self.assertEqual(client.open("MAIL FROM:<a@example.org>"), "553 5.1.7 no")
+        self.assertEqual([line.rpartition(": ")[2] for line in log.output], ["why\\n", "else"])
 
     def test_may_raise_the_two_failures(self):
         temporary, permanent = msmtpd.TemporaryFailure, msmtpd.PermanentFailure

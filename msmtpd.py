@@ -416,6 +416,10 @@ def parse_command(line: bytes) -> Tuple[str, str]:
 
     Raises HTTPRequest, and ValueError saying what is wrong with its bytes.
     """
+    return (_split_again if line[:5].rstrip(b" ").upper() in _REPEATED else _split)(line)
+
+
+def _split(line: bytes) -> Tuple[str, str]:
     if is_http(line):
         raise HTTPRequest
     try:
@@ -428,8 +432,9 @@ def parse_command(line: bytes) -> Tuple[str, str]:
     return (verb.upper() if verb.isascii() else ""), argument.strip(" ")
 
 
-# The same few lines come again and again. Not for those of AUTH, which hold passwords.
-parse_command_again = functools.lru_cache(maxsize=64)(parse_command)
+# The same few lines come again and again; any but these may hold a password.
+_REPEATED = frozenset(b"EHLO HELO MAIL RCPT DATA RSET NOOP QUIT".split())
+_split_again = functools.lru_cache(maxsize=64)(_split)
 
 
 @functools.lru_cache(maxsize=64)
@@ -652,7 +657,10 @@ class Slots:
     __del__ = close     # where somebody was left behind
 
 
-_MOMENT = struct.pack("ll", 0, int(1e6 * MOMENT))       # a timeval
+# A timeval, but where it has another form: on Windows, and where microseconds are the first half
+# of a long.
+_MOMENT = (struct.pack("ll", 0, int(1e6 * MOMENT))
+           if os.name == "posix" and sys.byteorder == "little" else b"")
 
 
 class Wire:
@@ -676,7 +684,7 @@ class Wire:
     def of_socket(cls, connection: socket.socket, slots: Slots, timeout: float) -> Wire:
         """The wire on a connected socket."""
         import socket
-        blocking = os.name == "posix" and connection.gettimeout() is None
+        blocking = bool(_MOMENT) and connection.gettimeout() is None
         try:
             for option in (socket.SO_RCVTIMEO, socket.SO_SNDTIMEO) if blocking else ():
                 connection.setsockopt(socket.SOL_SOCKET, option, _MOMENT)
@@ -848,7 +856,7 @@ class Wire:
                 break
             if watch.wait(min(left, 0.2)):      # in turns, as a further drain may shorten it
                 return
-        raise Stopping
+        raise Stopping if idle or slots.drain_until < deadline else Silent
 
 
 class TLSWire(Wire):
@@ -1045,12 +1053,11 @@ class Session:
     def _read_command(self) -> Tuple[str, str]:
         """Return the next command's verb, in upper case, and its argument."""
         line = self._read_line()
-        secret = line[:5].upper() == b"AUTH "
-        if len(line) + len(self._line_end) > MAX_LINE and not secret:
+        if len(line) + len(self._line_end) > MAX_LINE and line[:5].upper() != b"AUTH ":
             self._refuse_http(line)
             raise Refused(Reply(500, "5.5.2", "Line too long"))
         try:
-            verb, argument = (parse_command if secret else parse_command_again)(line)
+            verb, argument = parse_command(line)
         except ValueError as error:
             raise Refused(Reply(500, "5.5.2", str(error))) from None
         if self._debugging:
@@ -2097,6 +2104,8 @@ class Server:
             opened.callback(door.close)
             crew = _Crew(door, slots, self._max_sessions, self._log,
                          lambda client, name: self._serve(client, name, slots, authenticator))
+            opened.callback(crew.leave)
+            opened.callback(slots.drain, 0.0, 1.0)
             crew.hire()
             self._slots, self._crew = slots, crew
             opened.pop_all()
@@ -2194,7 +2203,7 @@ class _Door:
     def __init__(self, stop: int, listeners: Sequence[socket.socket], log: Log) -> None:
         import threading
         self._log = log
-        self._pause = 0.0       # seconds after the last client, who could not be let in
+        self._pause = 0.0       # seconds since the last try, if that failed
         self._listeners = {listener.fileno(): listener for listener in listeners}
         self._turn = threading.Lock()
         self._watch = _Watch((stop, *self._listeners))
@@ -2209,33 +2218,38 @@ class _Door:
 
     def accept(self) -> Optional[Tuple[socket.socket, object]]:
         """Wait, and return a client and its address; None where one is to come again."""
-        if self._epoll is None:
-            with self._turn:
-                for descriptor in self._watch.wait(None):
-                    if descriptor in self._listeners:
-                        return self._accept_from(descriptor)
-                return None
-        for descriptor, _ in self._epoll.poll(None, 1):
-            if descriptor in self._listeners:
-                try:
-                    return self._accept_from(descriptor)
-                finally:
-                    self._epoll.modify(descriptor, self._once)      # for the next thread
-        return None
-
-    def _accept_from(self, descriptor: int) -> Optional[Tuple[socket.socket, object]]:
         try:
-            accepted = self._listeners[descriptor].accept()
+            accepted = self._accept_once() if self._epoll else self._accept_in_turn()
         except (BlockingIOError, ConnectionAbortedError):       # the client has left
             return None
         except Exception as error:      # descriptors or memory are short, which passes
-            if not self._pause:
+            with self._turn:
+                is_first, self._pause = not self._pause, min(2 * self._pause, 1.0) or 0.1
+            if is_first:
                 _report(self._log, "cannot accept, will try again: %s", _why(error))
-            self._pause = min(2 * self._pause, 1.0) or 0.1
-            time.sleep(self._pause)
+            time.sleep(self._pause or 0.1)
             return None
-        self._pause = 0.0
+        if accepted:
+            self._pause = 0.0
         return accepted
+
+    def _accept_once(self) -> Optional[Tuple[socket.socket, object]]:
+        assert self._epoll is not None
+        try:
+            return self._accept_from(dict(self._epoll.poll(None, 1)))
+        finally:
+            for descriptor in self._listeners:
+                self._epoll.modify(descriptor, self._once)      # for the next thread
+
+    def _accept_in_turn(self) -> Optional[Tuple[socket.socket, object]]:
+        with self._turn:
+            return self._accept_from(self._watch.wait(None))
+
+    def _accept_from(self, ready: Iterable[int]) -> Optional[Tuple[socket.socket, object]]:
+        for descriptor in ready:
+            if descriptor in self._listeners:
+                return self._listeners[descriptor].accept()
+        return None
 
     def close(self) -> None:
         """Stop listening. Nobody may be in `accept`."""
@@ -2318,10 +2332,14 @@ class _Crew:
                 time.sleep(0.1)     # where it comes at once again
 
     def _let_in(self, number: int) -> Optional[Tuple[socket.socket, object]]:
-        """Wait at the door, unless the server stops; return a client, if one came."""
+        """Wait at the door and return a client with its address, None when the server stops."""
         self._waiting.add(number)       # first: `leave` looks for it once the server stops
         try:
-            return self._door.accept() if self._slots.drain_until is None else None
+            while self._slots.drain_until is None:
+                accepted = self._door.accept()
+                if accepted:
+                    return accepted
+            return None
         finally:
             self._waiting.discard(number)
 

@@ -1418,11 +1418,14 @@ class Authentication(ServerCase):
             self.assertEqual(client.do("AUTH PLAIN " + self.RIGHT)[:9], "503 5.5.1")
 
     def test_no_line_with_a_password_is_kept(self):
-        msmtpd.parse_command_again.cache_clear()
+        msmtpd._split_again.cache_clear()
         with Client(self.serve()) as client:
-            client.open("AUTH PLAIN " + self.WRONG, "auth plain " + self.WRONG[::-1])
+            client.reply()
+            client.do("AUTH LOGIN", encoded("user"), encoded("secret"))     # not before EHLO
+            client.do("EHLO x", "AUTH PLAIN " + self.WRONG, "auth plain " + self.WRONG[::-1],
+                      " AUTH PLAIN " + self.WRONG)
             self.assertEqual(client.do("AUTH PLAIN", self.RIGHT)[:3], "235")
-        self.assertEqual(msmtpd.parse_command_again.cache_info().currsize, 1)   # EHLO
+        self.assertEqual(msmtpd._split_again.cache_info().currsize, 1)      # EHLO
 
     def test_no_web_page_in_between(self):
         with Client(self.serve()) as client:
@@ -1567,6 +1570,32 @@ class Slots(ServerCase):
                 self.assertEqual(client.open()[:3], "250")
         self.assertEqual(failures, [])
         self.assertEqual(len(logs.output), 1)
+
+    @unittest.skipUnless(hasattr(select, "epoll"), "no epoll")
+    def test_a_wait_that_fails_loses_no_client(self):
+        server = self.serve(max_sessions=1)
+        door = server._crew._door
+        real, failures = door._epoll, [MemoryError()]
+
+        class Epoll:
+            """Fails once when the kernel has handed out the event, which it does only once."""
+
+            modify, close = real.modify, real.close
+
+            @staticmethod
+            def poll(*arguments):
+                ready = real.poll(*arguments)
+                if failures:
+                    raise failures.pop()
+                return ready
+        with Client(server) as client:      # so that the thread comes to the door anew
+            client.open()
+            door._epoll = Epoll
+        with self.assertLogs("msmtpd", "ERROR") as logs, Client(server) as client:
+            self.assertEqual(client.open()[:3], "250")
+        self.assertEqual(failures, [])
+        self.assertEqual([record.getMessage() for record in logs.records],
+                         ["cannot accept, will try again: MemoryError"])
 
     def test_threads_take_turns_where_there_is_no_epoll(self):
         with mock.patch.object(select, "epoll", side_effect=OSError(38, "none"), create=True):
@@ -1735,6 +1764,23 @@ class StartingAServer(LibraryCase):
                         self.fail("the block was entered")
                     server.stop()
                     self.assertEqual((self.more_threads(), open_descriptors()), (0, descriptors))
+
+    def test_an_interrupted_start_leaves_nothing(self):
+        descriptors, start, left = open_descriptors(), threading.Thread.start, [1] * 5
+
+        def start_five(thread):
+            if not left:
+                raise KeyboardInterrupt
+            left.pop()
+            start(thread)
+        server = msmtpd.Server(print)
+        with mock.patch.object(msmtpd, "_report") as report, \
+                mock.patch.object(threading.Thread, "start", start_five), \
+                self.assertRaises(KeyboardInterrupt):
+            server.start()
+        wait_for(lambda: not self.more_threads(), "the threads to end")
+        self.assertEqual(open_descriptors(), descriptors)
+        report.assert_not_called()
 
     def test_what_fails_behind_the_listening_leaves_nothing(self):
         descriptors = open_descriptors()

@@ -928,9 +928,10 @@ class Session:
     """One client's dialogue, made by a Server. A subclass changes what a verb does, by its method.
 
     A method takes the verb's argument, a str without control characters and outer spaces. It
-    returns a Reply, or None for no (further) reply, or raises Refused or Disconnect; a reply 421
-    ends the session, as any other exception does. A further verb needs a method and an entry in
-    VERBS. One method that refuses a recipient, one that is slow, one that drops the connection:
+    returns a Reply, or None for no (further) reply, or raises Refused or Disconnect; a reply 221
+    or 421 ends the session, and so does any other exception. A further verb needs a method and
+    an entry in VERBS. One method that refuses a recipient, one that is slow, one that drops the
+    connection:
 
     >>> import msmtpd, smtplib, time
     >>> class Grumpy(msmtpd.Session):
@@ -988,7 +989,8 @@ class Session:
         linger = 0.0
         self._info("connect from %s", self.peer)
         try:
-            self._converse()
+            reply = self._converse()
+            reason, linger = ("QUIT", 0.0) if reply.code == 221 else ("by the server", 1.0)
         except Disconnect as end:
             reason, reply = end.reason or "by the server", end.reply
             linger = 1.0 if reply and reply.code != 221 else 0.0
@@ -1016,15 +1018,15 @@ class Session:
 
     # The dialogue
 
-    def _converse(self) -> NoReturn:
-        """Greet, and answer line by line until an exception ends the session."""
+    def _converse(self) -> Reply:
+        """Greet, and answer line by line; return the reply that closes the channel."""
         if self._settings.tls and not self._settings.starttls:
             self._start_tls()
         reply: Optional[Reply] = self.greet()
         while True:
             if reply is not None:
-                if reply.code == 421:       # it closes the channel: RFC 5321 3.8
-                    raise Disconnect(reply)
+                if reply.code in (221, 421):        # RFC 5321 3.8
+                    return reply
                 self._write(reply)
             reply = self._answer()
 
@@ -1239,7 +1241,7 @@ class Session:
 
     def do_QUIT(self, argument: str) -> Optional[Reply]:
         """End the session: RFC 5321 4.1.1.10."""
-        raise Disconnect(Reply(221, "2.0.0", "Goodbye"), "QUIT")
+        return Reply(221, "2.0.0", "Goodbye")
 
     VERBS: Dict[str, str] = {
         "EHLO": "do_EHLO", "HELO": "do_HELO", "STARTTLS": "do_STARTTLS", "AUTH": "do_AUTH",

@@ -657,8 +657,8 @@ class Slots:
     __del__ = close     # where somebody was left behind
 
 
-# A timeval, but where it has another form: on Windows, and where microseconds are the first half
-# of a long.
+# A timeval. None on Windows, where it is a mere number, nor on machines with the high byte first,
+# on some of which the microseconds are only the first half of their long.
 _MOMENT = (struct.pack("ll", 0, int(1e6 * MOMENT))
            if os.name == "posix" and sys.byteorder == "little" else b"")
 

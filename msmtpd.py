@@ -1781,10 +1781,11 @@ class _Run:
                     self.kill(signals.pop(0))
                     deadline = now + KILL_DELAY
                 self._work(min(deadline - now, 3600.0))
-            if self.timed_out and signals:      # SIGTERM did; others of its group have as long
-                while time.monotonic() < deadline and self._signal_group(0):
-                    time.sleep(0.05)
-                self._signal_group(signal.SIGKILL)
+            # If SIGTERM was enough, others of its group may still be about to end.
+            while self.timed_out and signals and self._signal_group(0):
+                if time.monotonic() >= deadline:
+                    self._signal_group(signals.pop())
+                time.sleep(0.05)
         except BaseException:
             self.kill(signal.SIGKILL)
             raise

@@ -1141,6 +1141,13 @@ class Delivery(ProgramCase):
                              "while :; do sleep 0.05; done\n" % self.folder)
         self.assertEqual(self.run_command(script + " && :", timeout=0.2)[1], "exit=timeout")
         self.assertTrue(os.path.exists(os.path.join(self.folder, "done")))
+        script = self.script("deaf", "#!/bin/sh\n(trap '' TERM; exec sleep 60) &\n"
+                             "echo $! > %s/pid\nexec sleep 60\n" % self.folder)
+        with mock.patch.object(msmtpd, "KILL_DELAY", 0.1):
+            self.assertEqual(self.run_command(script, timeout=0.2)[1], "exit=timeout")
+        with open(os.path.join(self.folder, "pid"), encoding="ascii") as file:
+            pid = int(file.read())
+        wait_for(lambda: not is_running(pid), "who ignores SIGTERM to end")
 
     def test_one_that_cannot_be_ended_holds_nothing_up(self):
         command = msmtpd.Command(self.script(

@@ -1781,11 +1781,8 @@ class _Run:
                     self.kill(signals.pop(0))
                     deadline = now + KILL_DELAY
                 self._work(min(deadline - now, 3600.0))
-            # If SIGTERM was enough, others of its group may still be about to end.
-            while self.timed_out and signals and self._signal_group(0):
-                if time.monotonic() >= deadline:
-                    self._signal_group(signals.pop())
-                time.sleep(0.05)
+            if self.timed_out and signals:      # SIGTERM was enough
+                self._end_group(deadline)
         except BaseException:
             self.kill(signal.SIGKILL)
             raise
@@ -1805,6 +1802,16 @@ class _Run:
             self.reap()
         if self._stderr in ready and not self.ended:
             self._read_errors()
+
+    def _end_group(self, deadline: float) -> None:
+        """Leave others of the group, too, the time until `deadline` to end, and then kill them.
+
+        They are there for as long as somebody holds standard error: a signal reaches zombies.
+        """
+        while self._stderr is not None and time.monotonic() < deadline and self._signal_group(0):
+            if _Watch((self._stderr,)).wait(0.05):
+                self._read_errors()
+        self._signal_group(signal.SIGKILL)
 
     def kill(self, number: int) -> None:
         """Send a signal to the whole process group, unless the command has ended."""

@@ -2213,6 +2213,7 @@ class _Door:
     def __init__(self, stop: int, listeners: Sequence[socket.socket], log: Log) -> None:
         import threading
         self._log = log
+        self._failing = threading.Lock()    # guards the next
         self._pause = 0.0       # seconds since the last try, if that failed
         self._listeners = {listener.fileno(): listener for listener in listeners}
         self._turn = threading.Lock()
@@ -2228,37 +2229,39 @@ class _Door:
 
     def accept(self) -> Optional[Tuple[socket.socket, object]]:
         """Wait, and return a client and its address; None where one is to come again."""
-        try:
-            accepted = self._accept_once() if self._epoll else self._accept_in_turn()
-        except (BlockingIOError, ConnectionAbortedError):       # the client has left
-            return None
-        except Exception as error:      # descriptors or memory are short, which passes
+        if self._epoll is None:
             with self._turn:
+                return self._attempt(lambda: self._watch.wait(None))
+        ready: Collection[int] = self._listeners    # unless it is known better: to be armed again
+
+        def wait() -> Collection[int]:
+            nonlocal ready
+            ready = dict(self._epoll.poll(None, 1)) if self._epoll else ()
+            return ready
+        try:
+            return self._attempt(wait)
+        finally:
+            for descriptor in ready:
+                if descriptor in self._listeners:
+                    self._epoll.modify(descriptor, self._once)      # for the next thread
+
+    def _attempt(self, wait: Callable[[], Collection[int]]
+                 ) -> Optional[Tuple[socket.socket, object]]:
+        """Accept from a listener that is ready; where that fails, nobody else tries meanwhile."""
+        try:
+            for descriptor in wait():
+                if descriptor in self._listeners:
+                    accepted = self._listeners[descriptor].accept()
+                    self._pause = 0.0
+                    return accepted
+        except (BlockingIOError, ConnectionAbortedError):       # the client has left
+            pass
+        except Exception as error:      # descriptors or memory are short, which passes
+            with self._failing:
                 is_first, self._pause = not self._pause, min(2 * self._pause, 1.0) or 0.1
             if is_first:
                 _report(self._log, "cannot accept, will try again: %s", _why(error))
             time.sleep(self._pause or 0.1)
-            return None
-        if accepted:
-            self._pause = 0.0
-        return accepted
-
-    def _accept_once(self) -> Optional[Tuple[socket.socket, object]]:
-        assert self._epoll is not None
-        try:
-            return self._accept_from(dict(self._epoll.poll(None, 1)))
-        finally:
-            for descriptor in self._listeners:
-                self._epoll.modify(descriptor, self._once)      # for the next thread
-
-    def _accept_in_turn(self) -> Optional[Tuple[socket.socket, object]]:
-        with self._turn:
-            return self._accept_from(self._watch.wait(None))
-
-    def _accept_from(self, ready: Iterable[int]) -> Optional[Tuple[socket.socket, object]]:
-        for descriptor in ready:
-            if descriptor in self._listeners:
-                return self._listeners[descriptor].accept()
         return None
 
     def close(self) -> None:

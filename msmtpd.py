@@ -309,6 +309,7 @@ class Mail:
 def _refuse_async(result: object) -> None:
     """Raise TypeError where a function was an async one: nobody would await what it returned."""
     if hasattr(result, "__await__"):
+        getattr(result, "close", lambda: None)()    # or else Python warns of it, sometime later
         raise TypeError("deliver and check have to be plain functions, not async ones")
 
 

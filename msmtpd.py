@@ -40,11 +40,11 @@ import time
 
 TYPE_CHECKING = False  # as typing's own, whose import would cost inetd users some milliseconds
 if TYPE_CHECKING:
-    import argparse
     import email.message
     import logging
     import socket
     import ssl
+    import types
     from typing import (
         Any,
         BinaryIO,
@@ -386,17 +386,16 @@ def _shown(value: str) -> str:
 _ATEXT = r"""[^\x00-\x20\x7f"(),:;<>@\[\\\]]"""
 _LOCAL_PART = r"""(?:%s+|"(?:[^\x00-\x1f\x7f"\\]|\\[ -~])*")""" % _ATEXT
 # Named by what it is not: a set that reaches to U+10FFFF takes 45 ms to compile.
-_LETTER = r"[^\x00-/:-@\[-^`{-\x7f]"
-_LABEL = r"{0}+(?:-+{0}+)*".format(_LETTER)
+_LETTERS = r"[^\x00-/:-@\[-^`{-\x7f]+"
 _LITERAL = (r"\[(?:[0-9]{1,3}(?:\.[0-9]{1,3}){3}|IPv6:[0-9A-Fa-f:.]+"
             r"|(?!IPv6:)[0-9A-Za-z-]*[0-9A-Za-z]:[!-Z^-~]+)\]")
-_DOMAIN = r"(?:%s(?:\.%s)*|%s)" % (_LABEL, _LABEL, _LITERAL)
-_MAILBOX = r"%s(?:@%s)?" % (_LOCAL_PART, _DOMAIN)
+_DOMAIN = r"(?:{0}(?:(?:-+|\.){0})*|{1})".format(_LETTERS, _LITERAL)
+# Each part stands in it as seldom as can be, since compiling it is much of a start under inetd.
 _PATH = re.compile(
-    r" *(?:<(?:(?:@{0}(?:,@{0})*:)?(?P<path>{1}))?>|(?P<bare>{1}))(?: +(?P<rest>.*))?"
-    .format(_DOMAIN, _MAILBOX))
+    r" *(?P<angle><(?:@{0}(?:,(?=@)|:(?!@)))*)?(?P<mailbox>{1}(?:@{0})?)?(?(angle)>)"
+    r"(?: +(?P<rest>.*))?".format(_DOMAIN, _LOCAL_PART))
+_PARAMETER = r"([0-9A-Za-z][0-9A-Za-z-]*)(?:=([^\x00-\x20\x7f]*))?"
 
-_PARAMETER = re.compile(r"([0-9A-Za-z][0-9A-Za-z-]*)(?:=([^\x00-\x20\x7f]*))?")
 # Those that are offered, and those that some clients send although they are not.
 MAIL_PARAMETERS = frozenset(("SIZE", "BODY", "SMTPUTF8", "AUTH", "RET", "ENVID"))
 RCPT_PARAMETERS = frozenset(("NOTIFY", "ORCPT"))
@@ -449,10 +448,9 @@ def parse_path(argument: str, keyword: str) -> Optional[Tuple[Optional[str], str
     if not colon or name.upper() != keyword:
         return None
     match = _PATH.fullmatch(text)
-    if match is None:
-        return None, ""
-    path, bare, rest = match.group("path", "bare", "rest")
-    address = path or bare or ""
+    angle, address, rest = match.group("angle", "mailbox", "rest") if match else ("", None, "")
+    if address is None:
+        return ("" if angle == "<" else None), rest or ""
     # A leading hyphen could become an option of the command; unprintable is what no one can see.
     valid = not address.startswith("-") and address.isprintable()
     return (address if valid else None), rest or ""
@@ -462,7 +460,7 @@ def parse_parameters(text: str) -> Optional[Dict[str, str]]:
     """Read ``NAME=value NAME`` (RFC 5321 4.1.2) with names in upper case; None for bad syntax."""
     parameters: Dict[str, str] = {}
     for word in text.split():
-        match = _PARAMETER.fullmatch(word)
+        match = re.fullmatch(_PARAMETER, word)
         if match is None or match.group(1).upper() in parameters:
             return None
         parameters[match.group(1).upper()] = match.group(2) or ""
@@ -483,7 +481,8 @@ def is_http(line: bytes) -> bool:
 
 def is_header(line: bytes) -> bool:
     """Whether a line looks like a header field rather than a command."""
-    return re.match(br"[0-9A-Za-z-]+:", line) is not None
+    name, colon, _ = line.partition(b":")
+    return colon != b"" and name.replace(b"-", b"0").isalnum()
 
 
 def decode_base64(text: bytes) -> Optional[bytes]:
@@ -1520,9 +1519,11 @@ SHELLS = frozenset("""
     tcsh tmux toybox watch xargs xonsh yash ysh zsh
 """.split())
 
-# What a shell takes as it stands, and what is special to it anywhere else.
-_QUOTED = re.compile(r"""'[^']*'|"(?:[^"\\$`]|\\["\\])*"|\\.""")
+# What a shell takes as it stands, what is special to it anywhere else, and what stands before a
+# program rather than for one.
+_QUOTED = r"""'[^']*'|"(?:[^"\\$`]|\\["\\])*"|\\."""
 _SPECIAL = frozenset("|&;<>()$`\\\"'*?[]{}~#!^")
+_BEFORE_PROGRAM = r"\w+=.*|[!{]|do|then|else|elif|if|while|until"
 
 
 class Command:
@@ -1623,7 +1624,24 @@ class Command:
             raise ValueError("the command is empty")
         if "\n" in self.text or "\0" in self.text:
             raise ValueError("the command holds a line break or NUL; it has to be one line")
-        bare = _QUOTED.sub("x", self.text)
+        bare = re.sub(_QUOTED, "x", self.text) if _SPECIAL.intersection(self.text) else self.text
+        if not _SPECIAL.intersection(bare) and bare.replace("\t", " ").isprintable():
+            words = self.text.split()
+            if bare != self.text:
+                import shlex
+                words = shlex.split(self.text)
+            program = find_program(words[0])
+            if program and not re.fullmatch(_BEFORE_PROGRAM, words[0]):
+                return program, words
+        self._check_for_shell(bare)
+        self._ask_shell()
+        return "/bin/sh", []
+
+    def _check_for_shell(self, bare: str) -> None:
+        """Raise ValueError where a shell would not take the recipients for arguments.
+
+        bare: the command line without its quoted parts.
+        """
         if bare.rstrip()[-1] in ";&|<>":
             raise ValueError("the command ends in %s, which would make a command or a file of "
                              "the recipients; end it in --" % bare.rstrip()[-1])
@@ -1632,14 +1650,6 @@ class Command:
                              "a program, or in :, which ignores them")
         if re.search(r"(?:^|[\s;&|()])#", bare):
             self.warnings.append("the command has a comment, which swallows the recipients")
-        if not _SPECIAL.intersection(bare) and bare.replace("\t", " ").isprintable():
-            import shlex
-            words = shlex.split(self.text)
-            program = find_program(words[0])
-            if program and not re.match(r"[A-Za-z_][0-9A-Za-z_]*=", words[0]):
-                return program, words
-        self._ask_shell()
-        return "/bin/sh", []
 
     def _ask_shell(self) -> None:
         """Raise ValueError where the shell cannot read the command; warn where it is missing."""
@@ -1713,7 +1723,7 @@ def _takes_arguments(bare: str) -> bool:
         before, bare = bare, re.sub(r"\$?\([^()]*\)|`[^`]*`", "x", bare)
     bare = re.sub(r"[0-9]*(?:>>|>\||[<>]&|<<|<>|[<>])\s*[^\s;&|<>()]*", " ", bare)
     words = re.split("[;&|()]", bare)[-1].split()
-    while words and re.fullmatch(r"\w+=.*|[!{]|do|then|else|elif|if|while|until", words[0]):
+    while words and re.fullmatch(_BEFORE_PROGRAM, words[0]):
         del words[0]
     return bool(words)
 
@@ -1727,12 +1737,12 @@ class _Run:
 
     def __init__(self, start: Start, program: str, arguments: List[bytes], mail: Mail,
                  stdout: int) -> None:
-        import threading
+        import _thread      # not threading, whose import costs inetd users a millisecond
         self.status: Optional[int] = None
         self.timed_out = False
         self.errors = b""
         self.ended = False
-        self._lock = threading.Lock()       # held while it is reaped: no signal goes to another
+        self._lock = _thread.allocate_lock()    # held while it is reaped: no signal goes to another
         self._pause = SHORT_PAUSE           # between looks at a process that cannot be polled
         self._feed: Optional[int] = None    # these three are descriptors
         self._stderr: Optional[int] = None
@@ -2425,12 +2435,42 @@ def _library_log() -> logging.Logger:
 DEFAULT_PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 
 HELP = """\
-msmtpd hands each mail that it gets by SMTP to a command. The first %F in the
-command becomes the sender; the recipients are appended as arguments."""
+usage: msmtpd [option...]
 
-HELP_END = """\
+msmtpd hands each mail that it gets by SMTP to a command. The first %F in the
+command becomes the sender; the recipients are appended as arguments.
+
+service:
+  --inetd                    serve one client on standard input and output
+  --interface=IP             listen on this address (127.0.0.1), repeatable
+  --port=NUMBER              listen on this port (25), 0 for a free one
+  --command=CMD              pipe mails to this (msmtp -f %F --)
+  --received=on|off          begin mails with a Received line (on)
+
+log:
+  --log=none|syslog|FILE     log to this (none), - is standard error
+  --debug                    log the dialogues, without secrets
+
+security:
+  --auth=USER[,PASSWORDEVAL] let only this user send; the password is that
+                             command's output, or in the key ring, or asked for
+  --tls-cert-file=FILE       offer TLS with this certificate
+  --tls-key-file=FILE        its key, if not in the same file
+  --tls-starttls=on|off      TLS by STARTTLS (on), or from the first byte
+
+limits:
+  --max-size=BYTES           of a mail (64M), 0 for none; K, M, G may follow
+  --max-sessions=NUMBER      at a time (16), further clients wait
+  --timeout=SECONDS          for a client's silence (300)
+  --delivery-timeout=SECONDS for a run of the command (540)
+
+information:
+  --help                     print this summary
+  --version                  print the version
+
 Exit status: 0 stopped as asked; 1 stopped by a second signal, or the one
-session under inetd went wrong; 3 could not start. The manual is msmtpd.1."""
+session under inetd went wrong; 3 could not start. The manual is msmtpd.1.
+"""
 
 
 class StartError(Exception):
@@ -2448,6 +2488,9 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
     log: Log = ErrorsOnly()
     try:
         options = _parse_options(arguments)
+        if options.help or options.version:
+            print(HELP if options.help else "msmtpd.py " + __version__ + "\n", end="", flush=True)
+            return 0
         if options.debug and options.log == "none":
             options.log = "-"
         log = _open_log(options.log, options.debug)
@@ -2484,137 +2527,110 @@ def _settle(inetd: bool) -> None:
                 signal.signal(number, signal.SIG_DFL)
 
 
-def _parse_options(arguments: List[str]) -> argparse.Namespace:
-    """Read the options. Raises StartError, and SystemExit for --help and --version."""
-    import argparse
-
-    class Parser(argparse.ArgumentParser):
-        """One whose refusal is one line."""
-
-        def error(self, message: str) -> NoReturn:
-            for word, better in (("expected one argument", "needs a value"),
-                                 ("ignored explicit argument", "takes no value, not")):
-                message = message.replace(word, better)
-            raise StartError(message + "; see --help")
-
-    parser = Parser("msmtpd", description=HELP, epilog=HELP_END, add_help=False,
-                    usage="msmtpd [option...]", formatter_class=lambda prog: (
-                        argparse.RawDescriptionHelpFormatter(prog, max_help_position=29, width=79)))
-    add = parser.add_argument_group("service").add_argument
-    add("--inetd", action="store_true", help="serve one client on standard input and output")
-    add("--interface", metavar="IP", action="append", type=_text,
-        help="listen on this address (127.0.0.1), may be repeated")
-    add("--port", metavar="NUMBER", default=25, type=_port,
-        help="listen on this port (25), 0 for a free one")
-    add("--command", metavar="CMD", default="msmtp -f %F --", type=_text,
-        help="pipe mails to this (msmtp -f %%F --)")
-    add("--received", choices=("on", "off"), default="on", metavar="on|off",
-        help="begin mails with a Received line (on)")
-    add = parser.add_argument_group("log").add_argument
-    add("--log", metavar="none|syslog|FILE", default="none", type=_text,
-        help="log to this (none), - is standard error")
-    add("--debug", action="store_true", help="log the dialogues, without secrets")
-    add = parser.add_argument_group("security").add_argument
-    add("--auth", metavar="USER[,PASSWORDEVAL]", type=_auth,
-        help="let only this user send; the password is that command's output, or in "
-             "the key ring, or asked for")
-    add("--tls-cert-file", metavar="FILE", type=_text, help="offer TLS with this certificate")
-    add("--tls-key-file", metavar="FILE", type=_text, help="its key, if not in the same file")
-    add("--tls-starttls", choices=("on", "off"), default="on", metavar="on|off",
-        help="TLS by STARTTLS (on), or from the first byte")
-    add = parser.add_argument_group("limits").add_argument
-    add("--max-size", metavar="BYTES", default=MAX_SIZE, type=_size,
-        help="of a mail (64M), 0 for none; K, M, G may follow")
-    add("--max-sessions", metavar="NUMBER", default=MAX_SESSIONS, type=_count,
-        help="at a time (16), further clients wait")
-    add("--timeout", metavar="SECONDS", default=TIMEOUT, type=_seconds,
-        help="for a client's silence (300)")
-    add("--delivery-timeout", metavar="SECONDS", default=DELIVERY_TIMEOUT, type=_seconds,
-        help="for a run of the command (540)")
-    add = parser.add_argument_group("information").add_argument
-    add("--help", action="help", help="print this summary")
-    add("--version", action="version", version="msmtpd.py " + __version__,
-        help="print the version")
-    options, rest = parser.parse_known_args(_join_values(arguments))
+def _parse_options(arguments: List[str]) -> types.SimpleNamespace:
+    """Read the options, named as in HELP, with _ for -. Raises StartError."""
+    import getopt       # argparse takes twice as long to import as the rest of this under inetd
+    import types
+    options = types.SimpleNamespace(
+        inetd=False, interface=[], port=25, command="msmtp -f %F --", received=True, log="none",
+        debug=False, auth=None, tls_cert_file=None, tls_key_file=None, tls_starttls=True,
+        max_size=MAX_SIZE, max_sessions=MAX_SESSIONS, timeout=TIMEOUT,
+        delivery_timeout=DELIVERY_TIMEOUT, help=False, version=False)
+    known = [name.replace("_", "-") + ("" if default is False else "=")
+             for name, default in vars(options).items()]
+    try:
+        given, rest = getopt.getopt(arguments, "", known)
+    except getopt.GetoptError as error:
+        raise StartError("%s; %ssee --help" % (error.msg, _guess(error.opt, known))) from None
     if rest:
-        hint = (_nearest(rest[0], parser.format_help()) if rest[0].startswith("--")
-                else "put a value with spaces in quotes, or ")
-        raise StartError("unknown option or argument %s; %ssee --help" % (rest[0], hint))
-    if not options.tls_cert_file and (options.tls_key_file or options.tls_starttls == "off"):
+        raise StartError("unknown argument %s; see --help" % rest[0])
+    for flag, value in given:
+        name = flag[2:].replace("-", "_")
+        try:
+            read = _READERS[name](value) if flag[2:] not in known else True
+        except ValueError as error:
+            raise StartError("%s: %s; see --help" % (flag, error)) from None
+        setattr(options, name, [*options.interface, read] if name == "interface" else read)
+    if not options.tls_cert_file and (options.tls_key_file or not options.tls_starttls):
         raise StartError("TLS needs --tls-cert-file, too")
     return options
 
 
-def _join_values(arguments: List[str]) -> List[str]:
-    """The arguments with each value behind a "=": as getopt_long has it, it may begin with "-"."""
-    joined, words = [], iter(arguments)
-    for word in words:
-        if word.startswith("--") and "=" not in word and not any(
-                flag.startswith(word) for flag in ("--inetd", "--debug", "--help", "--version")):
-            word += "".join("=" + value for value in itertools.islice(words, 1))
-        joined.append(word)
-    return joined
+def _guess(word: str, known: Sequence[str]) -> str:
+    """What the option `word`, with which something is wrong, may have been meant to be."""
+    if len(word) == 1:
+        return "put a value with spaces in quotes, or "
+    names = ["--" + name.rstrip("=") for name in known]
+    near = [name for name in names if name.startswith("--" + word)]
+    if len(near) == 1:
+        return ""       # it is that one, and what is wrong with it has been said
+    if not near:
+        import difflib
+        near = difflib.get_close_matches("--" + word, names, 1)
+    return "did you mean %s? or " % " or ".join(near) if near else ""
 
 
 def _log_named_in(arguments: List[str]) -> Log:
     """The log, where the options as a whole could not be read."""
-    import argparse
-    parser = argparse.ArgumentParser(add_help=False)
-    parser.add_argument("--log", default="none")
-    try:
-        return _open_log(parser.parse_known_args(arguments)[0].log, False)
-    except (StartError, SystemExit):
-        return ErrorsOnly()
-
-
-def _nearest(word: str, text: str) -> str:
-    """A question whether an option named in `text` was meant."""
-    import difflib
-    name = word.partition("=")[0]
-    near = difflib.get_close_matches(name, re.findall(r"--[a-z-]+", text), 1)
-    return "did you mean %s? or " % near[0] if near else ""
-
-
-def _refuse_value(text: str) -> NoReturn:
-    import argparse
-    raise argparse.ArgumentTypeError(text)
+    for word, following in zip(arguments, arguments[1:] + [""]):
+        name, equals, value = word.partition("=")
+        if len(name) > 3 and "--log".startswith(name):
+            with contextlib.suppress(StartError):
+                return _open_log(value if equals else following, False)
+    return ErrorsOnly()
 
 
 def _text(value: str) -> str:
-    return value or _refuse_value("needs a value")
+    if not value:
+        raise ValueError("needs a value")
+    return value
 
 
 def _auth(value: str) -> Tuple[str, str]:
     user, comma, command = value.partition(",")
     if not user or comma and not command:
-        _refuse_value("write USER, or USER,COMMAND")
+        raise ValueError("write USER, or USER,COMMAND")
     return user, command
+
+
+def _switch(value: str) -> bool:
+    if value not in ("on", "off"):
+        raise ValueError("write on or off")
+    return value == "on"
 
 
 def _port(value: str) -> int:
     if not (value.isdecimal() and int(value) <= 65535):
-        _refuse_value("%r is not a port number, 0 to 65535" % value)
+        raise ValueError("%r is not a port number, 0 to 65535" % value)
     return int(value)
 
 
 def _count(value: str) -> int:
     if not (value.isdecimal() and int(value) > 0):
-        _refuse_value("%r is not a number of 1 or more" % value)
+        raise ValueError("%r is not a number of 1 or more" % value)
     return int(value)
 
 
 def _seconds(value: str) -> float:
     if not re.fullmatch(r"[0-9]+(\.[0-9]+)?", value) or not 0 < float(value) < 1e9:
-        _refuse_value("%r is not a positive number of seconds" % value)
+        raise ValueError("%r is not a positive number of seconds" % value)
     return float(value)
 
 
 def _size(value: str) -> int:
     match = re.fullmatch(r"([0-9]{1,15})([KMG]?)", value.upper())
     if not match:
-        _refuse_value("%r is not a size, such as 500K, 64M or 0" % value)
+        raise ValueError("%r is not a size, such as 500K, 64M or 0" % value)
     factor: int = 1024 ** " KMG".index(match.group(2) or " ")
     return int(match.group(1)) * factor
+
+
+# How the values of options are read, by functions that raise ValueError.
+_READERS: Dict[str, Callable[[str], object]] = {
+    "interface": _text, "port": _port, "command": _text, "received": _switch, "log": _text,
+    "auth": _auth, "tls_cert_file": _text, "tls_key_file": _text, "tls_starttls": _switch,
+    "max_size": _size, "max_sessions": _count, "timeout": _seconds, "delivery_timeout": _seconds,
+}
 
 
 def _open_log(target: str, debug: bool) -> Log:
@@ -2787,7 +2803,7 @@ def _tls_context(certificate: str, key: Optional[str]) -> ssl.SSLContext:
     return context
 
 
-def _make_server(options: argparse.Namespace, log: Log,
+def _make_server(options: types.SimpleNamespace, log: Log,
                  stdout: Optional[int]) -> Tuple[Server, Command]:
     """The server that the options describe, and the command it delivers to."""
     sockets = _inherited_sockets(options.inetd)
@@ -2802,8 +2818,8 @@ def _make_server(options: argparse.Namespace, log: Log,
         user = options.auth[0]
         authenticate = one_user(user, _find_password(user, options.auth[1], options.inetd))
     server = Server(command, options.interface or "127.0.0.1", options.port,
-                    authenticate=authenticate, tls=tls, starttls=options.tls_starttls == "on",
-                    received=options.received == "on", max_size=options.max_size,
+                    authenticate=authenticate, tls=tls, starttls=options.tls_starttls,
+                    received=options.received, max_size=options.max_size,
                     max_sessions=options.max_sessions, timeout=options.timeout,
                     sockets=sockets, log=log)
     for text in command.warnings:
@@ -2811,21 +2827,21 @@ def _make_server(options: argparse.Namespace, log: Log,
     return server, command
 
 
-def _warn(log: Log, options: argparse.Namespace, text: str) -> None:
+def _warn(log: Log, options: types.SimpleNamespace, text: str) -> None:
     """Say, on standard error and in the log, what may be wrong."""
     log.info("warning: %s", text)
     if options.log != "-":
         ErrorsOnly().error("warning: %s", text)
 
 
-def _run_inetd(options: argparse.Namespace, log: Log) -> int:
+def _run_inetd(options: types.SimpleNamespace, log: Log) -> int:
     """Serve one client on standard input and output."""
     server, command = _make_server(options, log, os.open(os.devnull, os.O_WRONLY))
     _Stop(server, command, options.delivery_timeout + 3 * KILL_DELAY)
     return 0 if server.serve_descriptors() else 1
 
 
-def _run_daemon(options: argparse.Namespace, log: Log) -> int:
+def _run_daemon(options: types.SimpleNamespace, log: Log) -> int:
     """Serve until a signal comes."""
     notify = os.environ.pop("NOTIFY_SOCKET", "")
     server, command = _make_server(options, log, None)
@@ -2847,7 +2863,7 @@ def _run_daemon(options: argparse.Namespace, log: Log) -> int:
     return 0
 
 
-def _start_server(server: Server, options: argparse.Namespace) -> None:
+def _start_server(server: Server, options: types.SimpleNamespace) -> None:
     """Start the server. Raises StartError, with a hint at what to do about it."""
     try:
         server.start()
@@ -2861,7 +2877,7 @@ def _start_server(server: Server, options: argparse.Namespace) -> None:
             hints.get(getattr(error, "errno", None) or 0, ""))) from None
 
 
-def _announce(server: Server, log: Log, options: argparse.Namespace, on_terminal: bool) -> None:
+def _announce(server: Server, log: Log, options: types.SimpleNamespace, on_terminal: bool) -> None:
     """Say where the server listens, and warn where that asks for more protection."""
     places = " and ".join(str(peer) if peer.host else "a Unix socket"
                           for peer in server.addresses)
@@ -2873,7 +2889,7 @@ def _announce(server: Server, log: Log, options: argparse.Namespace, on_terminal
         elif not server.tls:
             _warn(log, options, "passwords come to %s unencrypted; use --tls-cert-file" % places)
     if on_terminal and server.addresses[0].host:
-        client = "openssl s_client -connect %s:%s" if options.tls_starttls == "off" else "nc %s %s"
+        client = "openssl s_client -connect %s:%s" if not options.tls_starttls else "nc %s %s"
         host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(server.host, server.host)
         _tell("listening on %s, piping mails to: %s (to try it: %s; to stop it: Ctrl-C)"
               % (places, options.command, client % (host, server.port)))
@@ -2908,7 +2924,7 @@ class _Stop:
 class _Reload:
     """What SIGHUP does: the log is reopened, and the certificate loaded anew."""
 
-    def __init__(self, server: Server, log: Log, options: argparse.Namespace) -> None:
+    def __init__(self, server: Server, log: Log, options: types.SimpleNamespace) -> None:
         self._server, self._log, self._options = server, log, options
         self._asked = self._busy = False
         if hasattr(signal, "SIGHUP") and not os.isatty(2):      # or else it ends the server
@@ -2969,4 +2985,6 @@ def _notify(address: str, state: bytes) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    exit_status = main()
+    # At once: Python would first take apart what the kernel takes anyway, for some milliseconds.
+    os._exit(exit_status)

@@ -25,7 +25,6 @@ from __future__ import annotations
 
 import binascii
 import collections
-import contextlib
 import errno
 import functools
 import io
@@ -55,7 +54,6 @@ if TYPE_CHECKING:
         Iterable,
         Iterator,
         List,
-        NoReturn,
         Optional,
         Sequence,
         Set,
@@ -104,6 +102,7 @@ MAX_LEFT = 16                      # commands that nothing can end; with more, m
 MOMENT = 0.02                      # seconds that a socket waits without an eye on the stop
 SHORT_PAUSE = 0.0005               # seconds until the first look whether a command has ended
 LISTEN_QUEUE = 4096                # clients that wait; the kernel may cut it, Linux to somaxconn
+DEBUG, INFO, ERROR = 10, 20, 40     # the levels of the package logging
 CHUNK = 65536                      # bytes per read
 LARGE_CHUNK = 196608               # the same of a large mail: fewer wake-ups, yet in the cache
 GATHERED = 4096                    # bytes of replies that wait for what else is to be sent
@@ -325,20 +324,25 @@ class ErrorsOnly:
 
     def isEnabledFor(self, level: int) -> bool:
         """Whether records of that level are shown."""
-        return level >= 40
+        return level >= ERROR
 
-    def debug(self, message: str, *values: object) -> None:
-        """Drop it."""
-
-    info = debug
-
-    def error(self, message: str, *values: object, exc_info: bool = False) -> None:
-        """Write it, and never fail."""
+    def log(self, level: int, message: str, *values: object, exc_info: bool = False) -> None:
+        """Write it, if it is an error."""
+        if level < ERROR:
+            return
         text = message % values
         if exc_info:
             import traceback
             text += "\n" + traceback.format_exc().rstrip()
         _tell(text)
+
+
+def _report(log: Log, level: int, message: str, *values: object, exc_info: bool = False) -> None:
+    """Log it; a log that fails changes no reply and ends no thread."""
+    try:
+        log.log(level, message, *values, exc_info=exc_info)
+    except Exception:
+        pass
 
 
 def _why(error: BaseException) -> str:
@@ -348,8 +352,10 @@ def _why(error: BaseException) -> str:
 
 def _tell(text: str) -> None:
     """Write a line to standard error."""
-    with contextlib.suppress(OSError):
+    try:
         os.write(2, ("msmtpd: %s\n" % text).encode("utf-8", "backslashreplace"))
+    except OSError:
+        pass
 
 
 @functools.lru_cache(maxsize=64)
@@ -640,9 +646,11 @@ class Slots:
         until = time.monotonic() + grace
         self.leave_at = min(self.leave_at, until + patience)
         self.drain_until = until if self.drain_until is None else min(self.drain_until, until)
-        if not self.is_copy() and hasattr(self._writer, "shutdown"):
-            with contextlib.suppress(OSError):      # closed before
-                self._writer.shutdown(2)            # SHUT_RDWR, also of what a fork has copied
+        try:
+            if not self.is_copy() and hasattr(self._writer, "shutdown"):
+                self._writer.shutdown(2)        # SHUT_RDWR, also of what a fork has copied
+        except OSError:     # closed before
+            pass
         self._writer.close()
 
     def is_copy(self) -> bool:
@@ -887,8 +895,10 @@ class TLSWire(Wire):
     def close(self, farewell: bytes, linger: float) -> None:
         """As Wire's, with TLS's own farewell behind it."""
         super().close(farewell, 0)
-        with contextlib.suppress(OSError):
+        try:
             self._tls.unwrap()      # RFC 8446 6.1; the answer is not awaited
+        except OSError:
+            pass
         # Below TLS from here on: what the client still sends is dropped, not decrypted.
         self._plain.close(self._to_send.read(), linger)
 
@@ -968,7 +978,7 @@ class Session:
         self.mail: Optional[Mail] = None
         self._wire, self._settings, self._authenticator = wire, settings, authenticator
         self._log = log
-        self._debugging, self._informing = log.isEnabledFor(10), log.isEnabledFor(20)
+        self._debugging, self._informing = log.isEnabledFor(DEBUG), log.isEnabledFor(INFO)
         self._tls = False           # inside TLS
         self._protocol = ""         # by the last greeting, "" before that
         self._extended = False      # EHLO was said, if not last
@@ -1103,16 +1113,14 @@ class Session:
 
     def _info(self, message: str, *values: object) -> None:
         if self._informing:
-            with contextlib.suppress(Exception):    # a log that fails changes no reply
-                self._log.info("session %d: " + message, self.number, *values)
+            _report(self._log, INFO, "session %d: " + message, self.number, *values)
 
     def _debug(self, message: str, *values: object) -> None:
-        with contextlib.suppress(Exception):
-            self._log.debug("session %d: " + message, self.number, *values)
+        _report(self._log, DEBUG, "session %d: " + message, self.number, *values)
 
     def _error(self, message: str, *values: object, exc_info: bool = False) -> None:
-        with contextlib.suppress(Exception):
-            self._log.error("session %d: " + message, self.number, *values, exc_info=exc_info)
+        _report(self._log, ERROR, "session %d: " + message, self.number, *values,
+                exc_info=exc_info)
 
     # The verbs, in the order of a session
 
@@ -1531,9 +1539,10 @@ class Command:
 
     text: the command line. The first ``%F`` in it becomes the sender (MAILER-DAEMON for <>), and
     the recipients are appended as arguments. timeout: seconds that it may take. stdout: a
-    descriptor for its standard output, None for the caller's own. warnings: what may be wrong
-    with it. Raises ValueError for a command line that cannot work, and where there are no POSIX
-    processes.
+    descriptor for its standard output, None for the caller's own. alone: whether this process has
+    no other threads, and no descriptors above 2 that a program inherits; mails then take a shorter
+    way. warnings: what may be wrong with it. Raises ValueError for a command line that cannot
+    work, and where there are no POSIX processes.
 
     Where the words need no shell the program is started directly, otherwise by ``sh -c``, of
     whose text the recipients are no part, with the environment that there is when this is made.
@@ -1543,7 +1552,7 @@ class Command:
     """
 
     def __init__(self, text: str = "msmtp -f %F --", *, timeout: float = DELIVERY_TIMEOUT,
-                 stdout: Optional[int] = None) -> None:
+                 stdout: Optional[int] = None, alone: bool = False) -> None:
         if os.name != "posix":
             raise ValueError("a command needs a POSIX system; give Server a function instead")
         if signal.getsignal(signal.SIGCHLD) is signal.SIG_IGN:
@@ -1561,7 +1570,7 @@ class Command:
         self.text, self._timeout = text, timeout
         self._stdout = 1 if stdout is None else stdout
         self.warnings: List[str] = []
-        self._start = _Starter()
+        self._start = _Starter(alone)
         self._runs: Set[_Run] = set()
         self._left: Set[_Run] = set()       # those that nothing could end
         self._program, words = self._parse()
@@ -1737,7 +1746,7 @@ class _Run:
 
     def __init__(self, start: Start, program: str, arguments: List[bytes], mail: Mail,
                  stdout: int) -> None:
-        import _thread      # not threading, whose import costs inetd users a millisecond
+        import _thread  # not threading, whose import costs inetd users a millisecond
         self.status: Optional[int] = None
         self.timed_out = False
         self.errors = b""
@@ -1925,13 +1934,15 @@ class _Starter:
     it returns the process id. Raises OSError.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, alone: bool) -> None:
         # By its names, since another thread may change it meanwhile.
         self._environment = {name: os.environb.get(name, b"") for name in list(os.environb)}
+        self._start: Start = self._spawn if alone and hasattr(os, "posix_spawn") else self._popen
         try:
-            self._start = _posix_spawn(self._environment)
+            if not alone:
+                self._start = _posix_spawn(self._environment)
         except (ImportError, AttributeError, OSError, MemoryError):     # no ctypes, or no glibc
-            self._start = self._popen
+            pass
 
     def __call__(self, program: str, arguments: List[bytes],
                  descriptors: Tuple[int, int, int]) -> int:
@@ -1944,6 +1955,18 @@ class _Starter:
                 raise
         # A script without #! is the shell's, as execvp(3) has it.
         return self._start("/bin/sh", [b"sh", os.fsencode(program), *arguments[1:]], descriptors)
+
+    def _spawn(self, program: str, arguments: List[bytes],
+               descriptors: Tuple[int, int, int]) -> int:
+        """What needs no import, but makes other threads wait and closes no inherited descriptor."""
+        try:
+            return os.posix_spawn(
+                program, arguments, self._environment, setsid=True, setsigmask=(),
+                setsigdef=signal.valid_signals(), file_actions=[
+                    (os.POSIX_SPAWN_DUP2, descriptor, number)
+                    for number, descriptor in enumerate(descriptors)])
+        except NotImplementedError:     # no setsid on this system
+            return self._popen(program, arguments, descriptors)
 
     def _popen(self, program: str, arguments: List[bytes],
                descriptors: Tuple[int, int, int]) -> int:
@@ -2106,6 +2129,7 @@ class Server:
         Raises OSError where it cannot listen, also for a host that is no IP address, and
         RuntimeError where it is started already or there is no thread to be had.
         """
+        import contextlib
         import socket
         if self._slots and self._slots.drain_until is None:
             raise RuntimeError("the server has been started already")
@@ -2115,7 +2139,7 @@ class Server:
                 opened.enter_context(listener)
                 listener.setblocking(False)
                 # Its clients inherit this, or the last of two small replies might wait 40 ms.
-                with contextlib.suppress(OSError):      # a Unix socket has no delay
+                if listener.family in (socket.AF_INET, socket.AF_INET6):
                     listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             addresses = [peer_of(listener.getsockname()) for listener in listeners]
             slots = Slots(*socket.socketpair())
@@ -2189,17 +2213,16 @@ class Server:
         Returns whether all went well: no 421, no transaction cut off, each mail delivered.
         """
         reader, writer = os.pipe()
-        with contextlib.closing(Slots(io.FileIO(reader), io.FileIO(writer, "w"))) as slots:
-            self._slots = slots
+        slots = self._slots = Slots(io.FileIO(reader), io.FileIO(writer, "w"))
+        try:
             wire = Wire.of_descriptors(source, sink, slots, self._settings.timeout)
             # No memory of failures outlives this process.
             authenticator = self._authenticate and Authenticator(self._authenticate, True)
-            session = self._session(wire, self._settings, authenticator, self._log, 1,
-                                    _peer_behind(source))
-            try:
-                return session.run()
-            finally:
-                self._slots = None
+            return self._session(wire, self._settings, authenticator, self._log, 1,
+                                 _peer_behind(source)).run()
+        finally:
+            self._slots = None
+            slots.close()
 
     def _serve(self, client: socket.socket, name: object, slots: Slots,
                authenticator: Optional[Authenticator]) -> None:
@@ -2207,12 +2230,6 @@ class Server:
         wire = Wire.of_socket(client, slots, self._settings.timeout)
         self._session(wire, self._settings, authenticator, self._log, next(self._numbers),
                       peer_of(name)).run()
-
-
-def _report(log: Log, message: str, *values: object, exc_info: bool = False) -> None:
-    """Log an error; a log that fails ends no thread."""
-    with contextlib.suppress(Exception):
-        log.error(message, *values, exc_info=exc_info)
 
 
 class _Door:
@@ -2271,7 +2288,7 @@ class _Door:
             with self._failing:
                 is_first, self._pause = not self._pause, min(2 * self._pause, 1.0) or 0.1
             if is_first:
-                _report(self._log, "cannot accept, will try again: %s", _why(error))
+                _report(self._log, ERROR, "cannot accept, will try again: %s", _why(error))
             time.sleep(self._pause or 0.1)
         return None
 
@@ -2315,7 +2332,7 @@ class _Crew:
                         raise
                     # The commands need processes, which are as short.
                     self._threads = self._threads[:(number + 1) // 2]
-                    _report(self._log, "no more than %d sessions at a time: %s",
+                    _report(self._log, ERROR, "no more than %d sessions at a time: %s",
                             len(self._threads), _why(error))
                     return
 
@@ -2337,7 +2354,8 @@ class _Crew:
                 thread.join(max(0.0, min(0.5, self._slots.leave_at - time.monotonic())))
         self.left_behind = sum(thread.is_alive() for thread in self._threads)
         if self.left_behind:
-            _report(self._log, "left behind: %d sessions, which do not end", self.left_behind)
+            _report(self._log, ERROR, "left behind: %d sessions, which do not end",
+                    self.left_behind)
         return True
 
     def _work(self, number: int) -> None:
@@ -2352,7 +2370,7 @@ class _Crew:
                     with accepted[0]:
                         self._serve(*accepted)
             except BaseException:
-                _report(self._log, "a session ended by an error", exc_info=True)
+                _report(self._log, ERROR, "a session ended by an error", exc_info=True)
                 time.sleep(0.1)     # where it comes at once again
 
     def _let_in(self, number: int) -> Optional[Tuple[socket.socket, object]]:
@@ -2391,6 +2409,7 @@ def _peer_behind(descriptor: int) -> Peer:
 
 def _listen(hosts: Sequence[str], port: int) -> List[socket.socket]:
     """Return sockets that listen on all of `hosts`; where `port` is 0, on one free port."""
+    import contextlib
     import socket
     hosts = list(hosts)
     with contextlib.ExitStack() as opened:
@@ -2498,10 +2517,12 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
     except (StartError, OSError, KeyboardInterrupt, EOFError) as error:
         text = " ".join(str(error).split()) or "interrupted before the start"
         if inetd:
-            with contextlib.suppress(OSError):
+            try:
                 os.write(1, b"421 4.3.0 Cannot start; the log, if there is one, says why\r\n")
+            except OSError:     # the client has left
+                pass
             log = _log_named_in(arguments) if isinstance(log, ErrorsOnly) else log
-        log.error("%s", text)
+        _report(log, ERROR, "%s", text)
         if not (inetd or isinstance(log, ErrorsOnly)):
             _tell(text)
         return 3
@@ -2529,7 +2550,7 @@ def _settle(inetd: bool) -> None:
 
 def _parse_options(arguments: List[str]) -> types.SimpleNamespace:
     """Read the options, named as in HELP, with _ for -. Raises StartError."""
-    import getopt       # argparse takes twice as long to import as the rest of this under inetd
+    import getopt  # its rules are getopt_long's, and argparse takes inetd users 6 ms more
     import types
     options = types.SimpleNamespace(
         inetd=False, interface=[], port=25, command="msmtp -f %F --", received=True, log="none",
@@ -2575,8 +2596,10 @@ def _log_named_in(arguments: List[str]) -> Log:
     for word, following in zip(arguments, arguments[1:] + [""]):
         name, equals, value = word.partition("=")
         if len(name) > 3 and "--log".startswith(name):
-            with contextlib.suppress(StartError):
+            try:
                 return _open_log(value if equals else following, False)
+            except StartError:
+                break
     return ErrorsOnly()
 
 
@@ -2710,10 +2733,12 @@ def _find_password(user: str, command: str, inetd: bool) -> str:
             tried.append("no terminal to ask on")
         else:
             import getpass
-            with contextlib.suppress(EOFError):
+            try:
                 password = getpass.getpass("Password of %s: " % user)
-                if password:
-                    return password
+            except EOFError:
+                password = ""
+            if password:
+                return password
             tried.append("none was typed")
     raise StartError("no password for %s: %s; store one with \"secret-tool store --label=msmtpd "
                      "host localhost service smtp user %s\", or give a command that prints it: "
@@ -2804,11 +2829,12 @@ def _tls_context(certificate: str, key: Optional[str]) -> ssl.SSLContext:
 
 
 def _make_server(options: types.SimpleNamespace, log: Log,
-                 stdout: Optional[int]) -> Tuple[Server, Command]:
+                 stdout: Optional[int], alone: bool) -> Tuple[Server, Command]:
     """The server that the options describe, and the command it delivers to."""
     sockets = _inherited_sockets(options.inetd)
     try:
-        command = Command(options.command, timeout=options.delivery_timeout, stdout=stdout)
+        command = Command(options.command, timeout=options.delivery_timeout, stdout=stdout,
+                          alone=alone)
     except ValueError as error:
         raise StartError("bad --command: %s" % error) from None
     authenticate = tls = None
@@ -2829,14 +2855,29 @@ def _make_server(options: types.SimpleNamespace, log: Log,
 
 def _warn(log: Log, options: types.SimpleNamespace, text: str) -> None:
     """Say, on standard error and in the log, what may be wrong."""
-    log.info("warning: %s", text)
+    _report(log, INFO, "warning: %s", text)
     if options.log != "-":
-        ErrorsOnly().error("warning: %s", text)
+        _tell("warning: %s" % text)
+
+
+def _hide_descriptors() -> bool:
+    """Let programs inherit none above 2; return whether that could be seen to."""
+    try:
+        names = os.listdir("/proc/self/fd")
+    except OSError:         # not Linux
+        return False
+    for descriptor in map(int, names):
+        try:
+            os.set_inheritable(descriptor, descriptor < 3)
+        except OSError:     # that of the folder, which is closed by now
+            pass
+    return True
 
 
 def _run_inetd(options: types.SimpleNamespace, log: Log) -> int:
     """Serve one client on standard input and output."""
-    server, command = _make_server(options, log, os.open(os.devnull, os.O_WRONLY))
+    server, command = _make_server(options, log, os.open(os.devnull, os.O_WRONLY),
+                                   _hide_descriptors())
     _Stop(server, command, options.delivery_timeout + 3 * KILL_DELAY)
     return 0 if server.serve_descriptors() else 1
 
@@ -2844,7 +2885,7 @@ def _run_inetd(options: types.SimpleNamespace, log: Log) -> int:
 def _run_daemon(options: types.SimpleNamespace, log: Log) -> int:
     """Serve until a signal comes."""
     notify = os.environ.pop("NOTIFY_SOCKET", "")
-    server, command = _make_server(options, log, None)
+    server, command = _make_server(options, log, None, False)
     stop = _Stop(server, command, options.delivery_timeout + 3 * KILL_DELAY)
     _Reload(server, log, options)
     _start_server(server, options)
@@ -2859,7 +2900,7 @@ def _run_daemon(options: types.SimpleNamespace, log: Log) -> int:
             _tell("stopping, when mails under way are delivered; Ctrl-C again: at once")
     _notify(notify, b"READY=1")
     server.serve_forever(stopping)
-    log.info("stopped")
+    _report(log, INFO, "stopped")
     return 0
 
 
@@ -2881,7 +2922,7 @@ def _announce(server: Server, log: Log, options: types.SimpleNamespace, on_termi
     """Say where the server listens, and warn where that asks for more protection."""
     places = " and ".join(str(peer) if peer.host else "a Unix socket"
                           for peer in server.addresses)
-    log.info("listening on %s, piping mails to: %s", places, options.command)
+    _report(log, INFO, "listening on %s, piping mails to: %s", places, options.command)
     if any(peer.host and peer.host != "::1" and not peer.host.startswith("127.")
            for peer in server.addresses):
         if not options.auth:
@@ -2943,13 +2984,13 @@ class _Reload:
             self._busy = False
 
     def _reload(self) -> None:
-        self._log.info("SIGHUP")        # with a line a log file is reopened, if it was moved
+        _report(self._log, INFO, "SIGHUP")      # a line makes it look whether its file was moved
         if self._options.tls_cert_file:
             try:    # not into the context in use: OpenSSL forbids that, and the new may be unfit
                 self._server.tls = _tls_context(self._options.tls_cert_file,
                                                 self._options.tls_key_file)
             except StartError as error:
-                self._log.error("kept the certificate: %s", error)
+                _report(self._log, ERROR, "kept the certificate: %s", error)
 
 
 def _inherited_sockets(inetd: bool) -> List[socket.socket]:
@@ -2979,9 +3020,11 @@ def _notify(address: str, state: bytes) -> None:
     if not address:
         return
     import socket
-    with contextlib.suppress(OSError), \
-            socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as notification:
-        notification.sendto(state, "\0" + address[1:] if address[0] == "@" else address)
+    try:
+        with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as notification:
+            notification.sendto(state, "\0" + address[1:] if address[0] == "@" else address)
+    except OSError:
+        pass
 
 
 if __name__ == "__main__":

@@ -23,7 +23,6 @@ The protocol is RFC 5321 with PIPELINING (RFC 2920), SIZE (1870), 8BITMIME (6152
 
 from __future__ import annotations
 
-import binascii
 import collections
 import errno
 import functools
@@ -33,7 +32,6 @@ import os
 import re
 import select
 import signal
-import struct
 import sys
 import time
 
@@ -396,10 +394,10 @@ _LETTERS = r"[^\x00-/:-@\[-^`{-\x7f]+"
 _LITERAL = (r"\[(?:[0-9]{1,3}(?:\.[0-9]{1,3}){3}|IPv6:[0-9A-Fa-f:.]+"
             r"|(?!IPv6:)[0-9A-Za-z-]*[0-9A-Za-z]:[!-Z^-~]+)\]")
 _DOMAIN = r"(?:{0}(?:(?:-+|\.){0})*|{1})".format(_LETTERS, _LITERAL)
-# Each part stands in it as seldom as can be, since compiling it is much of a start under inetd.
+# A source route is dropped, so that its domains need no second look.
 _PATH = re.compile(
-    r" *(?P<angle><(?:@{0}(?:,(?=@)|:(?!@)))*)?(?P<mailbox>{1}(?:@{0})?)?(?(angle)>)"
-    r"(?: +(?P<rest>.*))?".format(_DOMAIN, _LOCAL_PART))
+    r' *(?P<angle><(?:@[^\s"<>@,]+(?:,(?=@)|:(?!@)))*)?(?P<mailbox>%s(?:@%s)?)?(?(angle)>)'
+    r"(?: +(?P<rest>.*))?" % (_LOCAL_PART, _DOMAIN))
 _PARAMETER = r"([0-9A-Za-z][0-9A-Za-z-]*)(?:=([^\x00-\x20\x7f]*))?"
 
 # Those that are offered, and those that some clients send although they are not.
@@ -665,12 +663,6 @@ class Slots:
     __del__ = close     # where somebody was left behind
 
 
-# A timeval. None on Windows, where it is a mere number, nor on machines with the high byte first,
-# on some of which the microseconds are only the first half of their long.
-_MOMENT = (struct.pack("ll", 0, int(1e6 * MOMENT))
-           if os.name == "posix" and sys.byteorder == "little" else b"")
-
-
 class Wire:
     """The client's bytes: read by the line or by the body, replies gathered and sent together.
 
@@ -692,10 +684,15 @@ class Wire:
     def of_socket(cls, connection: socket.socket, slots: Slots, timeout: float) -> Wire:
         """The wire on a connected socket."""
         import socket
-        blocking = bool(_MOMENT) and connection.gettimeout() is None
+        import struct
+        # It takes a timeval, but a mere number on Windows; and where the high byte comes first,
+        # its microseconds are on some machines only the first half of a long.
+        blocking = (os.name == "posix" and sys.byteorder == "little"
+                    and connection.gettimeout() is None)
         try:
             for option in (socket.SO_RCVTIMEO, socket.SO_SNDTIMEO) if blocking else ():
-                connection.setsockopt(socket.SOL_SOCKET, option, _MOMENT)
+                connection.setsockopt(socket.SOL_SOCKET, option,
+                                      struct.pack("ll", 0, int(1e6 * MOMENT)))
         except OSError:
             blocking = False
         if not blocking:
@@ -1352,8 +1349,8 @@ class Session:
 
         Raises Refused where the client cancels, or answers no base64.
         """
-        prompt = binascii.b2a_base64(challenge, newline=False).decode()
-        self._write(Reply(334, "", prompt))
+        import base64
+        self._write(Reply(334, "", base64.b64encode(challenge).decode()))
         line = self._read_line()
         self._refuse_http(line)
         response = line.decode("latin-1")
@@ -1713,7 +1710,7 @@ def _find_reparser(words: List[str]) -> str:
         if "%F" in word and word != "%F" and not tail:
             return "%F is inside of a word of the command"
         for part in word.split():
-            name = re.split("[/=]", part)[-1].rstrip("0123456789.-")
+            name = part.replace("=", "/").split("/")[-1].rstrip("0123456789.-")
             if name in SHELLS:
                 return "%s may hand it to a shell" % name
     return ""
@@ -2022,7 +2019,7 @@ def _posix_spawn(environment: Dict[bytes, bytes]) -> Start:
 
 def find_program(name: str) -> Optional[str]:
     """The path of a program, None where there is none that can be executed."""
-    places = [""] if "/" in name else os.get_exec_path()
+    places = [""] if "/" in name else os.environ.get("PATH", os.defpath).split(os.pathsep)
     for path in (os.path.join(place, name) for place in places):
         if os.path.isfile(path) and os.access(path, os.X_OK):
             return path

@@ -1278,14 +1278,28 @@ class Delivery(ProgramCase):
 
     def test_without_posix_spawn(self):
         with mock.patch.object(msmtpd, "_posix_spawn", side_effect=ImportError):
-            self.repeat(self.test_arguments_and_input, self.test_exit_statuses, self.test_signals,
-                        self.test_what_cannot_be_started, self.test_time_limit,
-                        self.test_a_script_without_an_interpreter_line_is_the_shells,
-                        self.test_its_words_end_the_reply, self.test_what_it_inherits,
-                        self.test_its_environment_is_that_of_when_it_was_made,
-                        self.test_a_lost_status_is_no_success,
-                        self.test_one_that_cannot_be_ended_holds_nothing_up,
-                        self.test_no_descriptor_is_left_open)
+            self.repeat_most()
+            self.repeat(self.test_what_it_inherits)
+
+    @unittest.skipUnless(hasattr(os, "posix_spawn"), "no posix_spawn")
+    def test_alone(self):
+        """The short way of inetd's one mail, also where the system knows no new sessions."""
+        starter = msmtpd._Starter
+        with mock.patch.object(msmtpd, "_Starter", lambda alone: starter(True)):
+            self.repeat_most()
+            self.repeat(self.test_its_signals_are_not_those_of_its_host)
+            with mock.patch.object(os, "posix_spawn", side_effect=NotImplementedError):
+                self.repeat(self.test_arguments_and_input, self.test_what_it_inherits)
+
+    def repeat_most(self):
+        self.repeat(self.test_arguments_and_input, self.test_exit_statuses, self.test_signals,
+                    self.test_what_cannot_be_started, self.test_time_limit,
+                    self.test_a_script_without_an_interpreter_line_is_the_shells,
+                    self.test_its_words_end_the_reply,
+                    self.test_its_environment_is_that_of_when_it_was_made,
+                    self.test_a_lost_status_is_no_success,
+                    self.test_one_that_cannot_be_ended_holds_nothing_up,
+                    self.test_no_descriptor_is_left_open)
 
     def repeat(self, *tests):
         """Run tests again, after what they left behind was removed."""
@@ -3505,6 +3519,36 @@ class Inetd(ProgramCase):
         self.assertTrue(replies.endswith(b"\r\n554 5.3.0 Command failed (exit 1): err\r\n"
                                          b"221 2.0.0 Goodbye\r\n"), replies)
         self.assertEqual(len(self.delivered()), 1)
+
+    @unittest.skipUnless(os.path.exists("/proc/self/status"), "no /proc")
+    def test_what_the_command_inherits(self):
+        """Descriptors 0 to 2, no ignored and no blocked signals, a session; no output to the client.
+
+        It is started without importing ctypes or subprocess.
+        """
+        reader, writer = os.pipe()
+        self.addCleanup(os.close, reader)
+        self.addCleanup(os.close, writer)
+        script = self.script("show", "#!/bin/sh\nls -l /proc/$$/fd; cat /proc/$$/status\n"
+                             "cut -d' ' -f1,5,6 /proc/$$/stat\n")
+        command = self.script("command", "#!/bin/sh\nexec %s > %s/shown\n" % (script, self.folder))
+        text = ("import signal, sys; sys.path.append(sys.argv[1]); import msmtpd\n"
+                "signal.signal(signal.SIGUSR1, signal.SIG_IGN)\n"
+                "signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGUSR2})\n"
+                "status = msmtpd.main(sys.argv[2:])\n"
+                "sys.exit(status or len({'ctypes', 'subprocess'} & set(sys.modules)))")
+        done = subprocess.run([sys.executable, "-c", text, os.path.dirname(PROGRAM), "--inetd",
+                               "--command=" + command], input=b"".join(self.DIALOGUE),
+                              stdout=subprocess.PIPE, stderr=subprocess.PIPE, pass_fds=[writer],
+                              timeout=PATIENCE, check=False)
+        self.assertEqual((done.returncode, done.stderr), (0, b""))
+        with open(os.path.join(self.folder, "shown"), encoding="utf-8") as file:
+            shown = file.read()
+        self.assertEqual(set(re.findall(r" (\d+) -> (?!.*/show\b)", shown)), {"0", "1", "2"})
+        for name in "SigBlk", "SigIgn":
+            self.assertEqual(int(re.search(name + r":\s*(\w+)", shown).group(1), 16) % (1 << 31), 0)
+        pid, group, session = shown.splitlines()[-1].split()
+        self.assertEqual((group, session), (pid, pid))
 
     def test_peer_of_a_socket(self):
         with socket.create_server(("127.0.0.1", 0)) as listener, \

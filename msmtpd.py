@@ -2546,46 +2546,43 @@ def _settle(inetd: bool) -> None:
 
 
 def _parse_options(arguments: List[str]) -> types.SimpleNamespace:
-    """Read the options, named as in HELP, with _ for -. Raises StartError."""
+    """Read the options, named as in OPTIONS, with _ for -. Raises StartError."""
     import getopt  # its rules are getopt_long's, and argparse takes inetd users 6 ms more
     import types
-    options = types.SimpleNamespace(
-        inetd=False, interface=[], port=25, command="msmtp -f %F --", received=True, log="none",
-        debug=False, auth=None, tls_cert_file=None, tls_key_file=None, tls_starttls=True,
-        max_size=MAX_SIZE, max_sessions=MAX_SESSIONS, timeout=TIMEOUT,
-        delivery_timeout=DELIVERY_TIMEOUT, help=False, version=False)
-    known = [name.replace("_", "-") + ("" if default is False else "=")
-             for name, default in vars(options).items()]
+    options = types.SimpleNamespace(**{
+        name.replace("-", "_"): default for name, (default, _) in OPTIONS.items()})
     try:
-        given, rest = getopt.getopt(arguments, "", known)
+        given, rest = getopt.getopt(arguments, "", [
+            name + ("=" if read else "") for name, (_, read) in OPTIONS.items()])
     except getopt.GetoptError as error:
-        raise StartError("%s; %ssee --help" % (error.msg, _guess(error.opt, known))) from None
+        raise StartError("%s; %ssee --help" % (error.msg, _guess(error.opt))) from None
     if rest:
         raise StartError("unknown argument %s; see --help" % rest[0])
-    for flag, value in given:
-        name = flag[2:].replace("-", "_")
+    for flag, text in given:
+        read = OPTIONS[flag[2:]][1]
         try:
-            read = _READERS[name](value) if flag[2:] not in known else True
+            value = read(text) if read else True
         except ValueError as error:
             raise StartError("%s: %s; see --help" % (flag, error)) from None
-        setattr(options, name, [*options.interface, read] if name == "interface" else read)
+        if flag == "--interface":
+            value = (*options.interface, value)
+        setattr(options, flag[2:].replace("-", "_"), value)
     if not options.tls_cert_file and (options.tls_key_file or not options.tls_starttls):
         raise StartError("TLS needs --tls-cert-file, too")
     return options
 
 
-def _guess(word: str, known: Sequence[str]) -> str:
+def _guess(word: str) -> str:
     """What the option `word`, with which something is wrong, may have been meant to be."""
     if len(word) == 1:
         return "put a value with spaces in quotes, or "
-    names = ["--" + name.rstrip("=") for name in known]
-    near = [name for name in names if name.startswith("--" + word)]
+    near = [name for name in OPTIONS if name.startswith(word)]
     if len(near) == 1:
         return ""       # it is that one, and what is wrong with it has been said
     if not near:
         import difflib
-        near = difflib.get_close_matches("--" + word, names, 1)
-    return "did you mean %s? or " % " or ".join(near) if near else ""
+        near = difflib.get_close_matches(word, OPTIONS, 1, 0.5)
+    return "did you mean --%s? or " % " or --".join(near) if near else ""
 
 
 def _log_named_in(arguments: List[str]) -> Log:
@@ -2645,11 +2642,17 @@ def _size(value: str) -> int:
     return int(match.group(1)) * factor
 
 
-# How the values of options are read, by functions that raise ValueError.
-_READERS: Dict[str, Callable[[str], object]] = {
-    "interface": _text, "port": _port, "command": _text, "received": _switch, "log": _text,
-    "auth": _auth, "tls_cert_file": _text, "tls_key_file": _text, "tls_starttls": _switch,
-    "max_size": _size, "max_sessions": _count, "timeout": _seconds, "delivery_timeout": _seconds,
+# The default of each option, and how its value is read, by a function that raises ValueError;
+# None for one that takes no value.
+OPTIONS: Dict[str, Tuple[object, Optional[Callable[[str], object]]]] = {
+    "inetd": (False, None), "interface": ((), _text), "port": (25, _port),
+    "command": ("msmtp -f %F --", _text), "received": (True, _switch),
+    "log": ("none", _text), "debug": (False, None),
+    "auth": (None, _auth), "tls-cert-file": (None, _text), "tls-key-file": (None, _text),
+    "tls-starttls": (True, _switch),
+    "max-size": (MAX_SIZE, _size), "max-sessions": (MAX_SESSIONS, _count),
+    "timeout": (TIMEOUT, _seconds), "delivery-timeout": (DELIVERY_TIMEOUT, _seconds),
+    "help": (False, None), "version": (False, None),
 }
 
 

@@ -3227,8 +3227,9 @@ class Options(ProgramCase):
                 (["--delivery-timeout=x"], "--delivery-timeout"), (["--received=no"], "--received"),
                 (["--tls-cert-file=/nonexistent/c"], "/nonexistent/c"),
                 (["--tls-key-file=/x"], "--tls-cert-file"), (["--prot=25"], "--port"),
-                (["word"], "word"), (["-p", "25"], "-p"), (["--in"], "did you mean --inetd or --interface"),
-                (["--command", "msmtp", "-f", "%F"], "-f not recognized; put a value with spaces in quotes"),
+                (["word"], "word"), (["-p", "25"], "-p"),
+                (["--in"], "did you mean --inetd or --interface"),
+                (["--command", "msmtp", "-f", "%F"], "-f not recognized; put a value with spaces"),
                 (["--tls-cert-file=" + PROGRAM], "name it with --tls-key-file"),
                 (["--tls-starttls=maybe"], "--tls-starttls")):
             with self.subTest(arguments):
@@ -3527,7 +3528,7 @@ class Inetd(ProgramCase):
 
     @unittest.skipUnless(os.path.exists("/proc/self/status"), "no /proc")
     def test_what_the_command_inherits(self):
-        """Descriptors 0 to 2, no ignored and no blocked signals, a session; no output to the client.
+        """Descriptors 0 to 2, no ignored or blocked signals, a session; no output to the client.
 
         It is started without importing ctypes or subprocess.
         """

@@ -100,7 +100,6 @@ MAX_LEFT = 16                      # commands that nothing can end; with more, m
 MOMENT = 0.02                      # seconds that a socket waits without an eye on the stop
 SHORT_PAUSE = 0.0005               # seconds until the first look whether a command has ended
 LISTEN_QUEUE = 4096                # clients that wait; the kernel may cut it, Linux to somaxconn
-DEBUG, INFO, ERROR = 10, 20, 40     # the levels of the package logging
 CHUNK = 65536                      # bytes per read
 LARGE_CHUNK = 196608               # the same of a large mail: fewer wake-ups, yet in the cache
 GATHERED = 4096                    # bytes of replies that wait for what else is to be sent
@@ -303,11 +302,17 @@ class Mail:
         return "<Mail from %r to %r, %d bytes>" % (self.sender, self.recipients, self.size)
 
 
-def _refuse_async(result: object) -> None:
-    """Raise TypeError where a function was an async one: nobody would await what it returned."""
+def _refuse_result(result: object) -> None:
+    """Raise TypeError where `deliver` or `check` returned an awaitable, or what is to refuse.
+
+    Taken for consent, either would lose the mail.
+    """
     if hasattr(result, "__await__"):
         getattr(result, "close", lambda: None)()    # or else Python warns of it, sometime later
         raise TypeError("deliver and check have to be plain functions, not async ones")
+    if result is False or isinstance(result, str) and re.match("[45][0-9][0-9]", result):
+        raise TypeError("to refuse, raise TemporaryFailure or PermanentFailure; %r was returned"
+                        % (result,))
 
 
 class Settings(collections.namedtuple("Settings", (
@@ -315,6 +320,9 @@ class Settings(collections.namedtuple("Settings", (
     """What all sessions of a server share: as Server's arguments."""
 
     __slots__ = ()
+
+
+DEBUG, INFO, ERROR = 10, 20, 40     # as in logging, whose import would cost inetd users a lot
 
 
 class ErrorsOnly:
@@ -411,21 +419,15 @@ HTTP_METHODS = frozenset(
     b"CONNECT DELETE GET HEAD OPTIONS PATCH POST PRI PROPFIND PUT TRACE".split())
 
 
-class HTTPRequest(Exception):
-    """The client speaks HTTP."""
-
-
 def parse_command(line: bytes) -> Tuple[str, str]:
     """Split a command line, without its end, into its verb in upper case and its argument.
 
-    Raises HTTPRequest, and ValueError saying what is wrong with its bytes.
+    Raises ValueError saying what is wrong with its bytes.
     """
     return (_split_again if line[:5].rstrip(b" ").upper() in _REPEATED else _split)(line)
 
 
 def _split(line: bytes) -> Tuple[str, str]:
-    if is_http(line):
-        raise HTTPRequest
     try:
         text = line.decode()
     except UnicodeDecodeError:
@@ -582,6 +584,10 @@ class Silent(Exception):
 
 class Stopping(Exception):
     """The server stops, and this session with it."""
+
+
+class HTTPRequest(Exception):
+    """The client speaks HTTP."""
 
 
 class TLSHello(Exception):
@@ -1053,7 +1059,7 @@ class Session:
             return reply
         except Refused as refusal:
             if verb in ("MAIL", "RCPT"):
-                self._info("refused %s %s: %r", verb, _shown(argument), refusal.reply)
+                self._info("refused %s %s: %s", verb, _shown(argument), _shown(repr(refusal.reply)))
             self._errors += refusal.is_error
             if self._errors >= MAX_ERRORS:
                 raise Disconnect(Reply(421, "4.7.0", "Too many errors"), "errors") from None
@@ -1063,7 +1069,6 @@ class Session:
         """Return the next command's verb, in upper case, and its argument."""
         line = self._read_line()
         if len(line) + len(self._line_end) > MAX_LINE and line[:5].upper() != b"AUTH ":
-            self._refuse_http(line)
             raise Refused(Reply(500, "5.5.2", "Line too long"))
         try:
             verb, argument = parse_command(line)
@@ -1084,20 +1089,20 @@ class Session:
         except LineTooLong as error:
             self._bare_lf = False
             self._refuse_http(error.start)
+            self._first_line = False
             if error.endless:
                 raise Disconnect(Reply(421, "4.5.2", "Endless line"), "endless line") from None
             raise Refused(Reply(500, "5.5.2", "Line too long")) from None
         if self._line_end != b"\n":
             self._bare_lf = False
-        if self._first_line:
-            self._refuse_http(line)
+        self._refuse_http(line)
+        self._first_line = False
         return line
 
     def _refuse_http(self, line: bytes) -> None:
         """Raise HTTPRequest where a web page speaks: behind its request could stand a mail."""
         if is_http(line) or self._first_line and is_header(line):
             raise HTTPRequest
-        self._first_line = False
 
     def _write(self, reply: Reply) -> None:
         if self._debugging:
@@ -1303,7 +1308,7 @@ class Session:
         if self._settings.check is None:
             return
         try:
-            _refuse_async(self._settings.check(address, mail))
+            _refuse_result(self._settings.check(address, mail))
         except _Failure as failure:
             self._log_details(failure)
             raise Refused(failure.reply(553, detail, "Address refused"), False) from None
@@ -1351,9 +1356,7 @@ class Session:
         """
         import base64
         self._write(Reply(334, "", base64.b64encode(challenge).decode()))
-        line = self._read_line()
-        self._refuse_http(line)
-        response = line.decode("latin-1")
+        response = self._read_line().decode("latin-1")
         self._debug("C: (hidden)")
         if response == "*":
             raise Refused(Reply(501, "5.5.2", "Cancelled"))
@@ -1431,7 +1434,7 @@ class Session:
         """Call `deliver`; return what its end means to the client."""
         self._wire.flush()
         try:
-            _refuse_async(self._settings.deliver(mail))
+            _refuse_result(self._settings.deliver(mail))
             reply = Reply(250, "2.0.0", "Delivered")
         except _Failure as failure:
             self._log_details(failure)
@@ -1518,17 +1521,17 @@ EXIT_REPLIES: Dict[int, Tuple[int, str]] = {    # any other status is 554 5.3.0;
 
 # Programs that hand their arguments to a shell, or read them as one would.
 SHELLS = frozenset("""
-    adb ash autossh bash busybox csh dash dbclient doas dsh elvish eval expect fish flock hush
-    ksh lksh make mksh mosh nu oksh osh parallel pdksh pdsh plink posh pssh pwsh rbash rc remsh
-    rlogin rsh rsync runuser sash scp screen script sg sh slogin ssh su sudo systemd-run tclsh
-    tcsh tmux toybox watch xargs xonsh yash ysh zsh
+    adb ash autossh bash busybox clush csh dash dbclient doas dsh elvish eval expect fish flock
+    hush ksh lksh make mksh mosh nu oksh osh parallel pdksh pdsh plink posh pssh pwsh rbash rc
+    remsh rksh rlogin rsh rsync runuser rzsh sash scp screen script sg sh slogin ssh su sudo
+    systemd-run tclsh tcsh tmux toybox watch xargs xonsh yash ysh zsh
 """.split())
 
 # What a shell takes as it stands, what is special to it anywhere else, and what stands before a
 # program rather than for one.
 _QUOTED = r"""'[^']*'|"(?:[^"\\$`]|\\["\\])*"|\\."""
 _SPECIAL = frozenset("|&;<>()$`\\\"'*?[]{}~#!^")
-_BEFORE_PROGRAM = r"\w+=.*|[!{]|do|then|else|elif|if|while|until"
+_BEFORE_PROGRAM = r"\w+=.*|[!{]|do|then|else|elif|if|while|until|exec|eval|command"
 
 
 class Command:
@@ -1668,12 +1671,12 @@ class Command:
         status, errors = ask("-n", "-c", self.text + ' "$@"')
         if status:
             raise ValueError("the shell cannot read the command: " + errors)
-        word = re.match(r"\s*([\w./+-]+)(?:\s|$)", self.text)
+        word = re.match(r"(?:\w+=\S* +|exec +)*(['\"]?)([\w./+-]+)\1(?:\s|$)", self.text.strip())
         # The shell also knows what is built in, but takes any file for a program.
-        if word and not find_program(word.group(1)) and (
-                "/" in word.group(1) or ask("-c", 'command -v -- "$1"', "sh", word.group(1))[0]):
-            self.warnings.append("cannot find the program %s, or not execute it; each mail will "
-                                 "be deferred until that is mended" % word.group(1))
+        if word and not find_program(word.group(2)) and (
+                "/" in word.group(2) or ask("-c", 'command -v -- "$1"', "sh", word.group(2))[0]):
+            self.warnings.append("cannot find or execute the program %s; each mail will be "
+                                 "deferred until that is mended" % word.group(2))
 
     def _arguments(self, mail: Mail) -> List[bytes]:
         """The arguments to start the program with, its own name first.
@@ -1710,8 +1713,10 @@ def _find_reparser(words: List[str]) -> str:
         if "%F" in word and word != "%F" and not tail:
             return "%F is inside of a word of the command"
         for part in word.split():
-            name = part.replace("=", "/").split("/")[-1].rstrip("0123456789.-")
-            if name in SHELLS:
+            # By its first letters, too, for the sake of bash-static, zsh5 and sudo.ws.
+            name = part.replace("=", "/").split("/")[-1]
+            letters = re.match("[a-z]*", name)
+            if name in SHELLS or letters and letters.group() in SHELLS:
                 return "%s may hand it to a shell" % name
     return ""
 
@@ -1727,8 +1732,8 @@ def _takes_arguments(bare: str) -> bool:
     before = ""
     while bare != before:       # from the innermost parentheses outwards
         before, bare = bare, re.sub(r"\$?\([^()]*\)|`[^`]*`", "x", bare)
-    bare = re.sub(r"[0-9]*(?:>>|>\||[<>]&|<<|<>|[<>])\s*[^\s;&|<>()]*", " ", bare)
-    words = re.split("[;&|()]", bare)[-1].split()
+    bare = re.sub(r"[0-9]*(?:>>|>\||[<>]&|<<|<>|[<>])[ \t]*[^ \t;&|<>()]*", " ", bare)
+    words = re.findall(r"[^ \t]+", re.split("[;&|()]", bare)[-1])
     while words and re.fullmatch(_BEFORE_PROGRAM, words[0]):
         del words[0]
     return bool(words)
@@ -2066,7 +2071,7 @@ class Server:
     exception is answered 454. If None, nobody has to authenticate, or can.
     tls: an ssl.SSLContext for STARTTLS, or with starttls=False for TLS from the first byte.
     check(address, mail): called for the sender, when `mail` has no recipients yet, and for each
-    recipient before it is added; may raise the two failures. If None, that of a Command.
+    recipient before it is added; may raise the two failures. A Command's own is asked before it.
     session: the class of the sessions. received: whether mails get a Received line. max_size:
     bytes of a mail, 0 for any number. max_sessions: served at a time. timeout: seconds that a
     client may be silent. log: a logging.Logger, that named "msmtpd" if None.
@@ -2087,19 +2092,20 @@ class Server:
             raise TypeError("deliver has to be a function of one mail, not %r" % (deliver,))
         if not (self._hosts and 0 <= port <= 65535 and max_size >= 0 and max_sessions > 0
                 and timeout > 0):
-            raise ValueError("port, max_size, max_sessions or timeout is out of its range")
+            raise ValueError("there is no host, or port, max_size, max_sessions or timeout is out "
+                             "of its range")
         self.host, self.port = self._hosts[0], port
         self.addresses: List[Peer] = []
         self._port, self._sockets = port, sockets
-        # A command's rule for addresses must not be forgotten: it keeps them from the shell.
-        check = check or (deliver.check if isinstance(deliver, Command) else None)
+        if isinstance(deliver, Command):
+            check = _both(deliver.check, check)     # so that the client hears of it in time
         self._settings = Settings(deliver, check, tls, starttls, received, max_size, timeout)
         self._authenticate = authenticate
         self._session, self._max_sessions = session, max_sessions
         self._log = _library_log() if log is None else log
         self._numbers = itertools.count(1)
         self._slots: Optional[Slots] = None         # while it is started
-        self._crew: Optional[_Crew] = None
+        self._workers: Optional[_Workers] = None
         self._forever = False                       # somebody is in serve_forever
 
     @property
@@ -2131,25 +2137,26 @@ class Server:
         if self._slots and self._slots.drain_until is None:
             raise RuntimeError("the server has been started already")
         with contextlib.ExitStack() as opened:
-            listeners = list(self._sockets) or _listen(self._hosts, self._port)
-            for listener in listeners:
+            sockets = list(self._sockets) or _listen(self._hosts, self._port)
+            for listener in sockets:
                 opened.enter_context(listener)
                 listener.setblocking(False)
                 # Its clients inherit this, or the last of two small replies might wait 40 ms.
                 if listener.family in (socket.AF_INET, socket.AF_INET6):
                     listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-            addresses = [peer_of(listener.getsockname()) for listener in listeners]
+            addresses = [peer_of(listener.getsockname()) for listener in sockets]
             slots = Slots(*socket.socketpair())
             opened.callback(slots.close)
             authenticator = self._authenticate and Authenticator(self._authenticate)
-            door = _Door(slots.descriptor, listeners, self._log)
-            opened.callback(door.close)
-            crew = _Crew(door, slots, self._max_sessions, self._log,
-                         lambda client, name: self._serve(client, name, slots, authenticator))
-            opened.callback(crew.leave)
+            listeners = _Listeners(slots.descriptor, sockets, self._log)
+            opened.callback(listeners.close)
+            workers = _Workers(
+                listeners, slots, self._max_sessions, self._log,
+                lambda client, name: self._serve(client, name, slots, authenticator))
+            opened.callback(workers.join)
             opened.callback(slots.drain, 0.0, 1.0)
-            crew.hire()
-            self._slots, self._crew = slots, crew
+            workers.start()
+            self._slots, self._workers = slots, workers
             opened.pop_all()
         self.addresses = addresses
         if addresses[0].host:
@@ -2174,10 +2181,10 @@ class Server:
         self._finish()
 
     def _finish(self) -> None:
-        slots, crew = self._slots, self._crew
-        if slots and crew and crew.leave():
-            self._slots = self._crew = None
-            if not (crew.left_behind or self._forever):
+        slots, workers = self._slots, self._workers
+        if slots and workers and workers.join():
+            self._slots = self._workers = None
+            if not (workers.left_behind or self._forever):
                 slots.close()
 
     def serve_forever(self, stopping: Optional[Callable[[], object]] = None) -> None:
@@ -2229,8 +2236,8 @@ class Server:
                       peer_of(name)).run()
 
 
-class _Door:
-    """Where the threads of a server wait for clients, each of whom wakes only one of them.
+class _Listeners:
+    """The sockets on which the threads of a server wait for clients, each of whom wakes only one.
 
     epoll(7) sees to that on Linux. Elsewhere one of the threads waits, the others for their turn.
     """
@@ -2240,14 +2247,14 @@ class _Door:
         self._log = log
         self._failing = threading.Lock()    # guards the next
         self._pause = 0.0       # seconds since the last try, if that failed
-        self._listeners = {listener.fileno(): listener for listener in listeners}
+        self._sockets = {listener.fileno(): listener for listener in listeners}
         self._turn = threading.Lock()
-        self._watch = _Watch((stop, *self._listeners))
+        self._watch = _Watch((stop, *self._sockets))
         try:
             self._epoll: Optional[select.epoll] = select.epoll()
             self._once = select.EPOLLIN | select.EPOLLONESHOT
             self._epoll.register(stop, select.EPOLLIN)
-            for descriptor in self._listeners:
+            for descriptor in self._sockets:
                 self._epoll.register(descriptor, self._once)
         except (AttributeError, OSError):
             self._epoll = None
@@ -2257,7 +2264,7 @@ class _Door:
         if self._epoll is None:
             with self._turn:
                 return self._attempt(lambda: self._watch.wait(None))
-        ready: Collection[int] = self._listeners    # unless it is known better: to be armed again
+        ready: Collection[int] = self._sockets    # unless it is known better: to be armed again
 
         def wait() -> Collection[int]:
             nonlocal ready
@@ -2267,7 +2274,7 @@ class _Door:
             return self._attempt(wait)
         finally:
             for descriptor in ready:
-                if descriptor in self._listeners:
+                if descriptor in self._sockets:
                     self._epoll.modify(descriptor, self._once)      # for the next thread
 
     def _attempt(self, wait: Callable[[], Collection[int]]
@@ -2275,8 +2282,8 @@ class _Door:
         """Accept from a listener that is ready; where that fails, nobody else tries meanwhile."""
         try:
             for descriptor in wait():
-                if descriptor in self._listeners:
-                    accepted = self._listeners[descriptor].accept()
+                if descriptor in self._sockets:
+                    accepted = self._sockets[descriptor].accept()
                     self._pause = 0.0
                     return accepted
         except (BlockingIOError, ConnectionAbortedError):       # the client has left
@@ -2291,58 +2298,63 @@ class _Door:
 
     def close(self) -> None:
         """Stop listening. Nobody may be in `accept`."""
-        for listener in self._listeners.values():
+        for listener in self._sockets.values():
             listener.close()
         if self._epoll:
             self._epoll.close()
 
 
-class _Crew:
+class _Workers:
     """The threads of a server from its start to its stop.
 
-    They wait at the door, and each serves whom it has let in: so a client needs no hand-over to
-    another thread, and one that finds nobody at the door waits in the listen queue.
+    Each accepts a client and serves it: so a client needs no hand-over to another thread, and one
+    whom no thread waits for stays in the listen queue.
     """
 
-    def __init__(self, door: _Door, slots: Slots, number: int, log: Log,
+    def __init__(self, listeners: _Listeners, slots: Slots, number: int, log: Log,
                  serve: Callable[[socket.socket, object], None]) -> None:
         import threading
-        self._door, self._slots, self._log, self._serve = door, slots, log, serve
-        self._threads = [threading.Thread(target=self._work, args=(n,), daemon=True,
-                                          name="msmtpd-%d" % (n + 1)) for n in range(number)]
-        self._hiring = threading.Lock()     # held while they are started
-        self._waiting: Set[int] = set()     # the numbers of those that are at the door
+        self._listeners, self._slots, self._log, self._serve = listeners, slots, log, serve
+        self._number = number
+        self._threads: List[threading.Thread] = []
+        self._starting = threading.Lock()   # held while they are started
+        self._waiting: Set[int] = set()     # the numbers of those that wait for a client
         slots.waiting = self._waiting
         self.left_behind = 0                # how many did not leave
 
-    def hire(self) -> None:
-        """Start the threads, as many as are to be had. Raises RuntimeError for none.
+    def start(self) -> None:
+        """Start the threads, as many as are to be had. Raises RuntimeError or MemoryError for none.
 
         All of them now: a start where memory has become short may wait for ever.
         """
-        with self._hiring:      # for the end of which each of them waits
-            for number, thread in enumerate(self._threads):
+        import threading
+        with self._starting:        # for the end of which each of them waits
+            for number in range(self._number):
                 try:
-                    thread.start()
+                    self._threads.append(threading.Thread(
+                        target=self._work, args=(number,), daemon=True,
+                        name="msmtpd-%d" % (number + 1)))
+                    self._threads[number].start()
                 except (RuntimeError, MemoryError) as error:
                     if number == 0:
                         raise
                     # The commands need processes, which are as short.
-                    self._threads = self._threads[:(number + 1) // 2]
+                    self._number = (number + 1) // 2
+                    del self._threads[self._number:]
                     _report(self._log, ERROR, "no more than %d sessions at a time: %s",
-                            len(self._threads), _why(error))
+                            self._number, _why(error))
                     return
 
-    def leave(self) -> bool:
-        """Close the door and wait for the threads, as long as Slots.drain said.
+    def join(self) -> bool:
+        """Stop listening and wait for the threads, as long as Slots.drain said.
 
         Returns whether anybody may do so: False in one of these threads.
         """
         import threading
-        # Who stands at the door leaves it now, but for those in the other process after a fork.
+        # Who waits for a client ceases to, but for those in the other process after a fork.
         while self._waiting and not self._slots.is_copy():
             time.sleep(0.001)
-        self._door.close()
+        self._listeners.close()
         if threading.current_thread() in self._threads:
             return False        # a deliver, which waits for nobody
         for thread in self._threads:
@@ -2357,12 +2369,12 @@ class _Crew:
 
     def _work(self, number: int) -> None:
         """What each thread does."""
-        with self._hiring:
-            if number >= len(self._threads):
+        with self._starting:
+            if number >= self._number:
                 return
         while self._slots.drain_until is None:
             try:
-                accepted = self._let_in(number)
+                accepted = self._accept(number)
                 if accepted:
                     with accepted[0]:
                         self._serve(*accepted)
@@ -2370,12 +2382,12 @@ class _Crew:
                 _report(self._log, ERROR, "a session ended by an error", exc_info=True)
                 time.sleep(0.1)     # where it comes at once again
 
-    def _let_in(self, number: int) -> Optional[Tuple[socket.socket, object]]:
-        """Wait at the door and return a client with its address, None when the server stops."""
-        self._waiting.add(number)       # first: `leave` looks for it once the server stops
+    def _accept(self, number: int) -> Optional[Tuple[socket.socket, object]]:
+        """Wait for a client and return it with its address, None when the server stops."""
+        self._waiting.add(number)       # first: `join` looks for it once the server stops
         try:
             while self._slots.drain_until is None:
-                accepted = self._door.accept()
+                accepted = self._listeners.accept()
                 if accepted:
                     return accepted
             return None
@@ -2433,6 +2445,14 @@ def _listen(hosts: Sequence[str], port: int) -> List[socket.socket]:
             listeners.append(listener)
         opened.pop_all()
     return listeners
+
+
+def _both(first: Check, second: Optional[Check]) -> Check:
+    """The check that asks both."""
+    def check(address: str, mail: Mail) -> None:
+        for ask in (first, second or first):
+            _refuse_result(ask(address, mail))
+    return check if second else first
 
 
 def _library_log() -> logging.Logger:
@@ -2498,29 +2518,26 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
     if sys.version_info < (3, 8):
         _tell("needs Python 3.8 or newer")
         return 3
-    arguments = sys.argv[1:] if argv is None else list(argv)
-    inetd = any(len(word) > 4 and "--inetd".startswith(word) for word in arguments)
-    _settle(inetd)
+    options, mistakes = _read_options(sys.argv[1:] if argv is None else argv)
+    _settle(options.inetd)
     log: Log = ErrorsOnly()
     try:
-        options = _parse_options(arguments)
         if options.help or options.version:
             print(HELP if options.help else "msmtpd.py " + __version__ + "\n", end="", flush=True)
             return 0
-        if options.debug and options.log == "none":
-            options.log = "-"
         log = _open_log(options.log, options.debug)
+        if mistakes:
+            raise StartError(mistakes[0] + "; see --help")
         return (_run_inetd if options.inetd else _run_daemon)(options, log)
     except (StartError, OSError, KeyboardInterrupt, EOFError) as error:
         text = " ".join(str(error).split()) or "interrupted before the start"
-        if inetd:
+        _report(log, ERROR, "%s", text)
+        if options.inetd:
             try:
                 os.write(1, b"421 4.3.0 Cannot start; the log, if there is one, says why\r\n")
             except OSError:     # the client has left
                 pass
-            log = _log_named_in(arguments) if isinstance(log, ErrorsOnly) else log
-        _report(log, ERROR, "%s", text)
-        if not (inetd or isinstance(log, ErrorsOnly)):
+        elif options.log != "-" and not isinstance(log, ErrorsOnly):
             _tell(text)
         return 3
 
@@ -2538,69 +2555,71 @@ def _settle(inetd: bool) -> None:
     os.environ.setdefault("PATH", DEFAULT_PATH)
     if os.name == "posix":
         signal.pthread_sigmask(signal.SIG_SETMASK, ())
-        # Python itself ignores these two, and subprocess restores them. With SIGCHLD ignored no
-        # exit status is to be had.
+        # Python itself ignores these two, and they are restored for what is started. With SIGCHLD
+        # ignored no exit status is to be had.
         for number in signal.valid_signals() - {signal.SIGPIPE, signal.SIGXFSZ}:
             if signal.getsignal(number) is signal.SIG_IGN:
                 signal.signal(number, signal.SIG_DFL)
 
 
-def _parse_options(arguments: List[str]) -> types.SimpleNamespace:
-    """Read the options, named as in OPTIONS, with _ for -. Raises StartError."""
-    import getopt  # its rules are getopt_long's, and argparse takes inetd users 6 ms more
+def _read_options(arguments: Sequence[str]) -> Tuple[types.SimpleNamespace, List[str]]:
+    """Read the options, named as in OPTIONS, with _ for -; return them, and what is wrong.
+
+    The rules are those of getopt_long(3). The modules getopt and argparse end at the first mistake;
+    whether there is a client to tell of it, and where the log is, may stand behind it.
+    """
     import types
     options = types.SimpleNamespace(**{
         name.replace("-", "_"): default for name, (default, _) in OPTIONS.items()})
-    try:
-        given, rest = getopt.getopt(arguments, "", [
-            name + ("=" if read else "") for name, (_, read) in OPTIONS.items()])
-    except getopt.GetoptError as error:
-        raise StartError("%s; %ssee --help" % (error.msg, _guess(error.opt))) from None
-    if rest:
-        raise StartError("unknown argument %s; see --help" % rest[0])
-    for flag, text in given:
-        read = OPTIONS[flag[2:]][1]
+    mistakes = []
+    words = iter(arguments)
+    for word in words:
+        if word == "--":
+            mistakes += ["unknown argument " + argument for argument in words]
+            break
         try:
-            value = read(text) if read else True
+            name, value = _read_option(word, words)
         except ValueError as error:
-            raise StartError("%s: %s; see --help" % (flag, error)) from None
-        if flag == "--interface":
+            mistakes.append(str(error))
+            continue
+        if name == "interface":
             value = (*options.interface, value)
-        setattr(options, flag[2:].replace("-", "_"), value)
+        setattr(options, name.replace("-", "_"), value)
     if not options.tls_cert_file and (options.tls_key_file or not options.tls_starttls):
-        raise StartError("TLS needs --tls-cert-file, too")
-    return options
+        mistakes.append("TLS needs --tls-cert-file, too")
+    if options.debug and options.log == "none":
+        options.log = "-"
+    return options, mistakes
 
 
-def _guess(word: str) -> str:
-    """What the option `word`, with which something is wrong, may have been meant to be."""
-    if len(word) == 1:
-        return "put a value with spaces in quotes, or "
-    near = [name for name in OPTIONS if name.startswith(word)]
-    if len(near) == 1:
-        return ""       # it is that one, and what is wrong with it has been said
-    if not near:
+def _read_option(word: str, words: Iterator[str]) -> Tuple[str, object]:
+    """Read an option; return its name and value, which may be the next of `words`.
+
+    Raises ValueError saying what is wrong.
+    """
+    name, equals, text = word[2:].partition("=")
+    if not (word.startswith("--") and name):
+        raise ValueError("unknown argument %s; options begin with --, and a value with spaces "
+                         "needs quotes" % word)
+    near = [name] if name in OPTIONS else [known for known in OPTIONS if known.startswith(name)]
+    if len(near) != 1:
         import difflib
-        near = difflib.get_close_matches(word, OPTIONS, 1, 0.5)
-    return "did you mean --%s? or " % " or --".join(near) if near else ""
-
-
-def _log_named_in(arguments: List[str]) -> Log:
-    """The log, where the options as a whole could not be read."""
-    for word, following in zip(arguments, arguments[1:] + [""]):
-        name, equals, value = word.partition("=")
-        if len(name) > 3 and "--log".startswith(name):
-            try:
-                return _open_log(value if equals else following, False)
-            except StartError:
-                break
-    return ErrorsOnly()
-
-
-def _text(value: str) -> str:
-    if not value:
-        raise ValueError("needs a value")
-    return value
+        near = near or difflib.get_close_matches(name, OPTIONS, 1, 0.5)
+        raise ValueError("unknown option --%s%s" % (
+            name, "; did you mean --%s?" % " or --".join(near) if near else ""))
+    name = near[0]
+    read = OPTIONS[name][1]
+    if read is None:
+        if equals:
+            raise ValueError("--%s takes no value" % name)
+        return name, True
+    text = text if equals else next(words, "")
+    if not text:
+        raise ValueError("--%s needs a value" % name)
+    try:
+        return name, read(text)
+    except ValueError as error:
+        raise ValueError("--%s: %s" % (name, error)) from None
 
 
 def _auth(value: str) -> Tuple[str, str]:
@@ -2630,7 +2649,7 @@ def _count(value: str) -> int:
 
 def _seconds(value: str) -> float:
     if not re.fullmatch(r"[0-9]+(\.[0-9]+)?", value) or not 0 < float(value) < 1e9:
-        raise ValueError("%r is not a positive number of seconds" % value)
+        raise ValueError("%r is not a number of seconds, above 0 and below 1000000000" % value)
     return float(value)
 
 
@@ -2645,10 +2664,10 @@ def _size(value: str) -> int:
 # The default of each option, and how its value is read, by a function that raises ValueError;
 # None for one that takes no value.
 OPTIONS: Dict[str, Tuple[object, Optional[Callable[[str], object]]]] = {
-    "inetd": (False, None), "interface": ((), _text), "port": (25, _port),
-    "command": ("msmtp -f %F --", _text), "received": (True, _switch),
-    "log": ("none", _text), "debug": (False, None),
-    "auth": (None, _auth), "tls-cert-file": (None, _text), "tls-key-file": (None, _text),
+    "inetd": (False, None), "interface": ((), str), "port": (25, _port),
+    "command": ("msmtp -f %F --", str), "received": (True, _switch),
+    "log": ("none", str), "debug": (False, None),
+    "auth": (None, _auth), "tls-cert-file": (None, str), "tls-key-file": (None, str),
     "tls-starttls": (True, _switch),
     "max-size": (MAX_SIZE, _size), "max-sessions": (MAX_SESSIONS, _count),
     "timeout": (TIMEOUT, _seconds), "delivery-timeout": (DELIVERY_TIMEOUT, _seconds),
@@ -2668,7 +2687,7 @@ def _open_log(target: str, debug: bool) -> Log:
 
         def format(self, record: logging.LogRecord) -> str:
             record.level = "error" if record.levelno >= logging.ERROR else "info"
-            return super().format(record)
+            return super().format(record).encode("utf-8", "backslashreplace").decode()
 
     class File(logging.handlers.WatchedFileHandler):
         """Reopened when it was rotated; where its folder is gone, lines are lost, and no more."""
@@ -2684,8 +2703,7 @@ def _open_log(target: str, debug: bool) -> Log:
 
         def emit(self, record: logging.LogRecord) -> None:
             priority = syslog.LOG_ERR if record.levelno >= logging.ERROR else syslog.LOG_INFO
-            text = self.format(record).encode("utf-8", "backslashreplace").decode()
-            for line in text.splitlines():
+            for line in self.format(record).splitlines():
                 syslog.syslog(priority, line.replace("\0", "?"))
 
     handler: logging.Handler
@@ -2754,12 +2772,17 @@ def _evaluate(command: str, inetd: bool) -> str:
         raise StartError("the password command of --auth failed, with exit status %d"
                          % done.returncode)
     try:
-        password = done.stdout.split(b"\n")[0].rstrip(b"\r").decode()
+        password = _first_line(done.stdout)
     except UnicodeDecodeError:
         raise StartError("the password command of --auth printed no UTF-8") from None
     if not password:
         raise StartError("the password command of --auth printed no password")
     return password
+
+
+def _first_line(output: bytes) -> str:
+    """The first line without its end. Raises UnicodeDecodeError where it is not UTF-8."""
+    return output.split(b"\n")[0].rstrip(b"\r").decode()
 
 
 def _run_lookup(*arguments: str) -> Tuple[str, str]:
@@ -2768,11 +2791,11 @@ def _run_lookup(*arguments: str) -> Tuple[str, str]:
     try:
         done = subprocess.run(arguments, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
                               stderr=subprocess.PIPE, timeout=60, check=False)
+        password = "" if done.returncode else _first_line(done.stdout)
     except FileNotFoundError:
         return "", "no program %s" % arguments[0]
-    except (OSError, subprocess.TimeoutExpired) as error:
+    except (OSError, subprocess.TimeoutExpired, UnicodeDecodeError) as error:
         return "", "%s: %s" % (arguments[0], error)
-    password = done.stdout.decode("utf-8", "replace").split("\n")[0]
     errors = done.stderr.decode("utf-8", "replace").strip()
     why_not = _shown(errors.split(": ", 1)[-1]) or "no such entry, or the key ring is locked"
     return password, "%s: %s" % (arguments[0], why_not)
@@ -2813,18 +2836,22 @@ def _tls_context(certificate: str, key: Optional[str]) -> ssl.SSLContext:
     def refuse() -> str:
         raise StartError("the key in %s is encrypted; decrypt it first, with "
                          "\"openssl pkey -in KEY -out FILE\"" % (key or certificate))
-    names = [name for name in (certificate, key) if name]
-    for name in names:
+    for name, part in ((certificate, b"CERTIFICATE"), (key or certificate, b"PRIVATE KEY")):
         try:
-            open(name, "rb").close()
+            with open(name, "rb") as file:
+                found = part + b"-----" in file.read()
         except OSError as error:
             raise StartError("cannot read %s: %s" % (name, error.strerror)) from None
+        if not found:
+            raise StartError("there is no %s in %s, in PEM format; if it is in another file, name "
+                             "that with --tls-cert-file or --tls-key-file"
+                             % (part.decode().lower(), name))
     try:
         context.load_cert_chain(certificate, key, refuse)
     except OSError as error:            # ssl.SSLError is one
-        hint = "" if key else "; if the key is in another file, name it with --tls-key-file"
-        raise StartError("cannot load a certificate with its key from %s: %s%s"
-                         % (" and ".join(names), error, hint)) from None
+        why = (getattr(error, "reason", None) or str(error)).replace("_", " ").lower()
+        raise StartError("cannot use the certificate in %s with the key in %s: %s"
+                         % (certificate, key or certificate, why)) from None
     return context
 
 
@@ -2908,13 +2935,13 @@ def _start_server(server: Server, options: types.SimpleNamespace) -> None:
     """Start the server. Raises StartError, with a hint at what to do about it."""
     try:
         server.start()
-    except (OSError, RuntimeError) as error:
+    except (OSError, RuntimeError, MemoryError) as error:
         hints = {errno.EADDRINUSE: "; end the program that has it, or try another --port",
                  errno.EADDRNOTAVAIL: "; this machine has no such address",
                  errno.EACCES: "; ports below 1024 are for root: try --port=2500"}
         raise StartError("cannot listen on %s port %d: %s%s" % (
             ", ".join(options.interface or ["127.0.0.1"]), options.port,
-            getattr(error, "strerror", None) or error,
+            getattr(error, "strerror", None) or _why(error),
             hints.get(getattr(error, "errno", None) or 0, ""))) from None
 
 
@@ -2930,8 +2957,8 @@ def _announce(server: Server, log: Log, options: types.SimpleNamespace, on_termi
         elif not server.tls:
             _warn(log, options, "passwords come to %s unencrypted; use --tls-cert-file" % places)
     if on_terminal and server.addresses[0].host:
-        client = "openssl s_client -connect %s:%s" if not options.tls_starttls else "nc %s %s"
         host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(server.host, server.host)
+        client = ("nc %s %s" if options.tls_starttls else "openssl s_client -connect [%s]:%s")
         _tell("listening on %s, piping mails to: %s (to try it: %s; to stop it: Ctrl-C)"
               % (places, options.command, client % (host, server.port)))
 
@@ -2951,11 +2978,12 @@ class _Stop:
             signal.signal(number, self)
 
     def __call__(self, number: int, frame: object) -> None:
-        if self.asked:
+        if self.asked and number in (signal.SIGTERM, signal.SIGINT):
             self._command.abandon()
             os._exit(1)
-        self.asked = True
-        self.drain()
+        if not self.asked:      # the end of a terminal may be told twice, by the kernel and a shell
+            self.asked = True
+            self.drain()
 
     def drain(self) -> None:
         """Begin to stop the server, if it has been started."""

@@ -321,6 +321,15 @@ class ProgramCase(unittest.TestCase):
             return client.do(body.replace("\r\n", "\n").replace("\n", "\r\n") + ".")
 
 
+def status_of(pid):
+    """What the kernel says of a process; as if no signal were pending where it says nothing."""
+    try:
+        with open("/proc/%d/status" % pid, encoding="ascii") as file:
+            return file.read()
+    except OSError:
+        return "SigPnd:\t0000000000000000"
+
+
 def without_trace(data):
     """Mail data without its Received line."""
     return re.sub(rb"\AReceived: .*\n(\t.*\n)*", b"", data)
@@ -971,7 +980,8 @@ class AddressRule(unittest.TestCase):
               "/usr/bin/ssh host cat %F",
               "nice ssh host", "cat --rsh=ssh %F", "cat -e 'ssh -x' %F", "xargs cat", "busybox sh",
               "su -c cat", "sudo cat %F", "cat \"$HOME\" %F", "nosuchprogram %F", "cat -f %F%F",
-              "exec cat %F", "/bin/bash5.2 %F", "cat {a,b} %F", "cat && cat", "! cat")
+              "exec cat %F", "/bin/bash5.2 %F", "env bash-static %F", "env zsh5-static",
+              "env sudo.ws cat", "env su-exec cat", "cat {a,b} %F", "cat && cat", "! cat")
 
     def test_safe_commands_take_every_address(self):
         for text in self.SAFE:
@@ -1000,7 +1010,8 @@ class AddressRule(unittest.TestCase):
     def test_commands_that_cannot_work(self):
         for text in ("", "  ", "cat\ncat", "cat;", "cat &", "cat | ", "cat >", "cat <", "cat &&",
                      ">out", "cat; <in", "A=b", "cat && A=b C=d", "true && !", "if", "cat \\",
-                     "cat | { ", "2>&1", "while", "A=$(true)",
+                     "cat | { ", "2>&1", "while", "A=$(true)", "exec", "exec eval", "true; command",
+                     "A=1\u2028cat", "true; A=1\xa0cat",
                      "A=$(echo $(true))", "cat; B=$((1+(2)))", "cat > $(echo $(true))x; > y",
                      "cat 'x", 'cat "x', "if cat", "cat )", "cat ${"):
             with self.subTest(text), self.assertRaises(ValueError):
@@ -1012,6 +1023,8 @@ class AddressRule(unittest.TestCase):
     def test_commands_that_may_not_work(self):
         for text, count in (("cat # %F", 1), ("cat %F #", 1), ("nosuchprogram %F", 1),
                             ("./nosuchprogram %F", 1), ("/dev/null %F", 1), ("/ %F", 1),
+                            ("'/no/such' %F", 1), ('A=1 B=2 "nosuchprogram" %F', 1),
+                            ("exec nosuchprogram %F", 1), ("A=1 exec cat %F", 0), ("'cat' %F", 0),
                             ("cat 'a # b'", 0), ("cat a#b", 0),
                             ("exec cat", 0), ("cat $(true)", 0), ("cat $(echo $(true))", 0),
                             ("cat - x$((1+1))", 0), ("tee -a $(echo $(((1+1)*2)))", 0),
@@ -1570,7 +1583,7 @@ class Slots(ServerCase):
 
     def test_accept_may_fail(self):
         server = self.serve()
-        (number, real), = server._crew._door._listeners.items()
+        (number, real), = server._workers._listeners._sockets.items()
         failures = [OSError(24, "Too many open files")] * 3
 
         class Listener:
@@ -1589,7 +1602,7 @@ class Slots(ServerCase):
         with self.assertLogs("msmtpd", "ERROR") as logs:
             with Client(server) as client:     # has woken the thread that polls
                 client.open()
-            server._crew._door._listeners[number] = Listener()
+            server._workers._listeners._sockets[number] = Listener()
             with Client(server) as client:
                 client.open()
             with Client(server) as client:
@@ -1600,8 +1613,8 @@ class Slots(ServerCase):
     @unittest.skipUnless(hasattr(select, "epoll"), "no epoll")
     def test_a_wait_that_fails_loses_no_client(self):
         server = self.serve(max_sessions=1)
-        door = server._crew._door
-        real, failures = door._epoll, [MemoryError()]
+        listeners = server._workers._listeners
+        real, failures = listeners._epoll, [MemoryError()]
 
         class Epoll:
             """Fails once when the kernel has handed out the event, which it does only once."""
@@ -1614,9 +1627,9 @@ class Slots(ServerCase):
                 if failures:
                     raise failures.pop()
                 return ready
-        with Client(server) as client:      # so that the thread comes to the door anew
+        with Client(server) as client:      # so that the thread waits anew
             client.open()
-            door._epoll = Epoll
+            listeners._epoll = Epoll
         with self.assertLogs("msmtpd", "ERROR") as logs, Client(server) as client:
             self.assertEqual(client.open()[:3], "250")
         self.assertEqual(failures, [])
@@ -1947,15 +1960,15 @@ class StoppingAServer(LibraryCase):
         self.assertLess(time.monotonic() - began, 1.2)
         self.assertEqual(self.more_threads(), 0)
 
-    def test_a_thread_that_comes_to_the_door_when_it_is_closed(self):
+    def test_a_thread_that_waits_for_a_client_when_the_listeners_are_closed(self):
         server = self.serve()
-        crew = server._crew
+        workers = server._workers
         server.stop()
-        self.assertIsNone(crew._let_in(0))
+        self.assertIsNone(workers._accept(0))
 
     def test_no_listener_is_closed_in_the_middle_of_an_accept(self):
         server = self.serve()
-        (number, real), = server._crew._door._listeners.items()
+        (number, real), = server._workers._listeners._sockets.items()
         entered, release, closed = threading.Event(), threading.Event(), []
 
         class Listener:
@@ -1967,7 +1980,7 @@ class StoppingAServer(LibraryCase):
             def close(self):
                 closed.append(release.is_set())
                 real.close()
-        server._crew._door._listeners[number] = Listener()
+        server._workers._listeners._sockets[number] = Listener()
         self.client(server)
         self.assertTrue(entered.wait(PATIENCE))
         stopping = threading.Thread(target=server.stop)
@@ -2423,7 +2436,7 @@ class WhereItIsVendored(unittest.TestCase):
 
     def test_an_import_loads_nothing_that_is_not_needed_at_once(self):
         done = subprocess.run(
-            [sys.executable, "-I", "-S", "-c", "import sys; sys.path.append(sys.argv[1])\n"
+            [sys.executable, "-I", "-S", "-B", "-c", "import sys; sys.path.append(sys.argv[1])\n"
              "import msmtpd\nprint(*sys.modules)", os.path.dirname(msmtpd.__file__)],
             stdout=subprocess.PIPE, timeout=PATIENCE, check=True)
         loaded = set(done.stdout.decode().split())
@@ -2573,6 +2586,16 @@ class FailuresOfDeliver(LibraryCase):
             self.assertIn("Traceback", log.output[0])
             self.assertIn("secret", log.output[0])
 
+    def test_what_was_meant_to_refuse_but_is_returned_is_no_success(self):
+        """As aiosmtpd has it."""
+        for result in ("550 5.1.1 no", "451 later", False):
+            with self.subTest(result), self.assertLogs("msmtpd", "ERROR") as log:
+                self.assertEqual(self.reply_to(lambda mail: result)[0], "451 4.3.0 Internal error")
+            self.assertIn("to refuse, raise", log.output[0])
+        for result in (None, "250 OK", "4", 0, True):
+            with self.subTest(result):
+                self.assertEqual(self.reply_to(lambda mail: result)[0], "250 2.0.0 Delivered")
+
     def test_one_that_is_kept_keeps_no_descriptor_open(self):
         descriptors, error = open_descriptors(), ArithmeticError()
         server = self.serve(mock.Mock(side_effect=error, spec=()))
@@ -2636,6 +2659,24 @@ class ChecksOfAddresses(LibraryCase):
             client = self.client(self.serve(check=check))
             self.assertEqual(client.open("MAIL FROM:<a@example.org>"), "451 4.3.0 Internal error")
         self.assertIn("not async ones", log.output[0])
+
+    def test_are_asked_besides_that_of_a_command(self):
+        def check(address, mail):
+            if address.startswith("bad@"):
+                raise msmtpd.PermanentFailure("bad")
+        server = self.serve(msmtpd.Command("cat; true"), check=check)
+        client = self.client(server)
+        self.assertEqual(client.open("MAIL FROM:<a@b>", "RCPT TO:<bad@example.org>"),
+                         "553 5.1.3 bad")
+        self.assertEqual(client.do("RCPT TO:<o'b@example.org>")[:9], "553 5.1.3")
+        self.assertEqual(client.do("RCPT TO:<good@example.org>")[:9], "250 2.1.5")
+
+    def test_a_refusal_is_one_line_of_the_log(self):
+        def check(address, mail):
+            raise msmtpd.PermanentFailure("no\nsession 1: fake")
+        with self.assertLogs("msmtpd", "INFO") as log:
+            self.client(self.serve(check=check)).open("MAIL FROM:<a@example.org>")
+        self.assertFalse([line for line in log.output if "\n" in line])
 
     def test_details_are_for_the_log(self):
         def check(address, mail):
@@ -3228,15 +3269,49 @@ class Options(ProgramCase):
                 (["--tls-cert-file=/nonexistent/c"], "/nonexistent/c"),
                 (["--tls-key-file=/x"], "--tls-cert-file"), (["--prot=25"], "--port"),
                 (["word"], "word"), (["-p", "25"], "-p"),
-                (["--in"], "did you mean --inetd or --interface"),
-                (["--command", "msmtp", "-f", "%F"], "-f not recognized; put a value with spaces"),
-                (["--tls-cert-file=" + PROGRAM], "name it with --tls-key-file"),
+                (["--in"], "did you mean --inetd or --interface"), (["--inetd=1"], "no value"),
+                (["--m=5"], "--max-size or --max-sessions"), (["--", "--inetd"], "--inetd; see"),
+                (["--command", "msmtp", "-f", "%F"], "-f; options begin with --, and a value"),
+                (["--tls-cert-file=/dev/null"], "there is no certificate in /dev/null"),
                 (["--tls-starttls=maybe"], "--tls-starttls")):
             with self.subTest(arguments):
                 status, text = self.run_here(*arguments)
                 self.assertEqual(status, 3)
                 self.assertRegex(text, r"\Amsmtpd: .*\n\Z")
                 self.assertRegex(text, words)
+
+    def test_refusals_are_one_line_where_the_log_is_standard_error(self):
+        for arguments in (["--log=-", "--port=x"], ["--debug", "--tls-cert-file=/nonexistent"]):
+            done = self.run_program(*arguments)
+            self.assertEqual(done.returncode, 3)
+            self.assertRegex(done.stderr.decode(), r"\A.* msmtpd\[\d+\] error: .*\n\Z")
+
+    def test_the_first_mistake_is_told_wherever_the_log_is_named(self):
+        done = self.run_program("--prot=1", "--log=first", "--inted", "--inetd", "--command",
+                                "--log=other", "--log", self.log, cwd=self.folder)
+        self.assertEqual((done.returncode, done.stdout[:9], done.stderr), (3, b"421 4.3.0", b""))
+        self.assertRegex(self.logged(), r"\A.* error: unknown option --prot; did you mean "
+                         r"--port\?; see --help\n\Z")
+        self.assertEqual(sorted(os.listdir(self.folder)), ["capture", "log", "mails"])
+
+    def test_sessions_that_cannot_be_had(self):
+        """Neither do they fill the memory before the start, nor does one more than there can be."""
+        def start(thread):
+            if thread.name == "msmtpd-%d" % number:
+                raise errors.pop()("no more")
+            real(thread)
+        real, errors = threading.Thread.start, [MemoryError, MemoryError, RuntimeError]
+        for number in (1, 1, 4):
+            with mock.patch.object(threading.Thread, "start", start), self.subTest(number):
+                if number == 1:
+                    status, text = self.run_here("--max-sessions=999999999999", "--port=0",
+                                                 "--command=true")
+                    self.assertEqual((status, text[:24]), (3, "msmtpd: cannot listen on"))
+                    continue
+                server = msmtpd.Server(print, max_sessions=10 ** 15)
+                with self.assertLogs("msmtpd", "ERROR") as log, server:
+                    self.assertEqual(len(server._workers._threads), 2)
+                self.assertIn("no more than 2 sessions", log.output[0])
 
     def test_an_older_python_is_refused(self):
         with mock.patch.object(sys, "version_info", (3, 7, 17)):
@@ -3256,7 +3331,7 @@ class Options(ProgramCase):
                                  (["--port", "--help"], "'--help' is not a port"),
                                  (["--auth", "-user,false"], "exit status 1"),
                                  (["--log", self.folder, "--debug"], "cannot open the log"),
-                                 (["--port"], "option --port requires argument")):
+                                 (["--port"], "--port needs a value")):
             with self.subTest(arguments):
                 status, text = self.run_here(*arguments)
                 self.assertEqual(status, 3)
@@ -3469,6 +3544,29 @@ class Shutdown(ProgramCase):
         self.assertEqual(daemon.wait(PATIENCE), 0)
         self.assertEqual(len(self.delivered()), 1)
 
+    def test_the_end_of_a_terminal_may_be_told_twice(self):
+        """By the kernel and by a shell: the second is no wish to end at once."""
+        import pty
+        master, slave = pty.openpty()
+        self.addCleanup(os.close, master)
+        script = self.script("slow", "#!/bin/sh\ntouch %s/on\n"
+                             "while test -e %s/on; do sleep 0.02; done\nexec %s\n"
+                             % (self.folder, self.folder, self.capture))
+        daemon = self.start("--command=" + script, stderr=slave)
+        os.close(slave)
+        with Client(daemon) as client:
+            client.open("MAIL FROM:<a@b>", "RCPT TO:<c@d>", "DATA")
+            client.send("x\r\n.\r\n")
+            wait_for(lambda: os.path.exists(os.path.join(self.folder, "on")), "the command")
+            daemon.send_signal(signal.SIGHUP)
+            wait_for(lambda: not can_connect(daemon.port), "the end of listening")
+            daemon.send_signal(signal.SIGHUP)
+            wait_for(lambda: "SigPnd:\t0000000000000000" in status_of(daemon.pid), "the signal")
+            os.remove(os.path.join(self.folder, "on"))
+            self.assertEqual(client.reply(), ["250 2.0.0 Delivered"])
+        self.assertEqual(daemon.wait(PATIENCE), 0)
+        self.assertEqual(len(self.delivered()), 1)
+
     def test_second_signal(self):
         script = self.script("slow", "#!/bin/sh\ntouch %s/on\nsleep 60\nexec %s\n"
                              % (self.folder, self.capture))
@@ -3535,8 +3633,8 @@ class Inetd(ProgramCase):
         reader, writer = os.pipe()
         self.addCleanup(os.close, reader)
         self.addCleanup(os.close, writer)
-        script = self.script("show", "#!/bin/sh\nls -l /proc/$$/fd; cat /proc/$$/status\n"
-                             "cut -d' ' -f1,5,6 /proc/$$/stat\n")
+        script = self.script("show", "#!/bin/sh\nls -l /proc/$$/fd\n"
+                             "exec cat /proc/self/status /proc/self/stat\n")
         command = self.script("command", "#!/bin/sh\nexec %s > %s/shown\n" % (script, self.folder))
         text = ("import signal, sys; sys.path.append(sys.argv[1]); import msmtpd\n"
                 "signal.signal(signal.SIGUSR1, signal.SIG_IGN)\n"
@@ -3553,7 +3651,7 @@ class Inetd(ProgramCase):
         self.assertEqual(set(re.findall(r" (\d+) -> (?!.*/show\b)", shown)), {"0", "1", "2"})
         for name in "SigBlk", "SigIgn":
             self.assertEqual(int(re.search(name + r":\s*(\w+)", shown).group(1), 16) % (1 << 31), 0)
-        pid, group, session = shown.splitlines()[-1].split()
+        pid, _, _, _, group, session = shown.splitlines()[-1].split()[:6]
         self.assertEqual((group, session), (pid, pid))
 
     def test_peer_of_a_socket(self):
@@ -4200,7 +4298,8 @@ class Services(PeerCase):
         """The words that start a program as a user that does not exist, where one may."""
         words = ["setpriv", "--reuid=54321", "--regid=54321", "--clear-groups"]
         may = not os.getuid() and shutil.which(words[0]) and not subprocess.call(
-            [*words, sys.executable, "-c", ""], stderr=subprocess.DEVNULL)
+            [*words, sys.executable, "-c", "import os, sys; os.listdir(sys.argv[1])", self.folder],
+            stderr=subprocess.DEVNULL)
         return words if may else []
 
     def alone(self, *wrapper):
@@ -4210,7 +4309,7 @@ class Services(PeerCase):
         """
         place = os.path.join(self.folder, "alone")
         os.mkdir(place)
-        shutil.copy(PROGRAM, place)
+        os.chmod(shutil.copy(PROGRAM, place), 0o444)
         os.chmod(place, 0o555)
         os.chmod(self.folder, 0o755)
         os.chmod(os.path.join(self.folder, "mails"), 0o777)
@@ -4321,6 +4420,14 @@ class Passwords(PeerCase):
         self.write("password.gpg", "no such thing")
         self.check_refusal("--auth=msmtpd-user,gpg -q -d %s 2>/dev/null" % file, env=self.home,
                            says="password command of --auth failed, with exit status 2")
+
+    def test_what_a_look_up_that_fails_prints_is_no_password(self):
+        self.home["PATH"] = self.folder
+        for script, says in (("echo usage; exit 2", "no such entry"),
+                             ("printf 'pa\\377ss'", "secret-tool: .*decode")):
+            self.script("secret-tool", "#!/bin/sh\n" + script + "\n")
+            with self.subTest(script):
+                self.check_refusal("--auth=joe", env=self.home, says=says)
 
     def test_commands_that_print_none(self):
         for command, says in (("exit 7", "failed, with exit status 7"),
@@ -4498,10 +4605,10 @@ class Encryption(PeerCase):
                 ("missing", None, "cannot read .*missing.*No such file"),
                 ("certificate", "missing", "cannot read .*missing.*No such file"),
                 (".", None, "cannot read .*directory"),
-                ("nothing", None, "certificate with its key from .*nothing"),
-                ("certificate", None, "certificate with its key from .*certificate"),
-                ("certificate", "other", "certificate with its key from .* and .*other"),
-                ("certificate", "nothing", "certificate with its key from .* and .*nothing"),
+                ("nothing", None, "no certificate in .*nothing"),
+                ("certificate", None, "no private key in .*certificate, .*--tls-key-file"),
+                ("certificate", "other", "certificate in .*certificate with .*other: .*mismatch"),
+                ("certificate", "nothing", "no private key in .*nothing"),
                 ("certificate", "encrypted", "the key in .*encrypted is encrypted; decrypt it"),
                 (None, "key", "TLS needs --tls-cert-file")):
             with self.subTest(certificate=certificate, key=key):

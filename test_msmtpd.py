@@ -3392,6 +3392,14 @@ class Daemon(ProgramCase):
         self.send(("127.0.0.1", port))
         self.assertRegex(self.stop(daemon)[1], r"\Amsmtpd: session \d: broken\n\Z")
 
+    def test_a_command_that_is_not_utf_8_is_logged_all_the_same(self):
+        for target in (self.log, "-"):
+            with open(self.log + "-" if target == "-" else os.devnull, "wb") as errors:
+                self.log += "-" * (target == "-")
+                daemon = self.start("--command=true \udcff", "--log=" + target, stderr=errors)
+            self.assertEqual(self.stop(daemon)[0], 0)
+            self.assertIn("piping mails to: true \\udcff\n", self.logged())
+
     def test_values_in_the_log_are_escaped_and_cut(self):
         daemon = self.start()
         with Client(daemon) as client:

@@ -2242,12 +2242,12 @@ class _Listeners:
     epoll(7) sees to that on Linux. Elsewhere one of the threads waits, the others for their turn.
     """
 
-    def __init__(self, stop: int, listeners: Sequence[socket.socket], log: Log) -> None:
+    def __init__(self, stop: int, sockets: Sequence[socket.socket], log: Log) -> None:
         import threading
         self._log = log
         self._failing = threading.Lock()    # guards the next
         self._pause = 0.0       # seconds since the last try, if that failed
-        self._sockets = {listener.fileno(): listener for listener in listeners}
+        self._sockets = {listener.fileno(): listener for listener in sockets}
         self._turn = threading.Lock()
         self._watch = _Watch((stop, *self._sockets))
         try:
@@ -2264,7 +2264,7 @@ class _Listeners:
         if self._epoll is None:
             with self._turn:
                 return self._attempt(lambda: self._watch.wait(None))
-        ready: Collection[int] = self._sockets    # unless it is known better: to be armed again
+        ready: Collection[int] = self._sockets      # unless it is known better: to be armed again
 
         def wait() -> Collection[int]:
             nonlocal ready
@@ -3056,6 +3056,5 @@ def _notify(address: str, state: bytes) -> None:
 
 
 if __name__ == "__main__":
-    exit_status = main()
     # At once: Python would first take apart what the kernel takes anyway, for some milliseconds.
-    os._exit(exit_status)
+    os._exit(main())

@@ -1305,7 +1305,8 @@ class Delivery(ProgramCase):
             return posix_spawn(*arguments, **more)
         with mock.patch.object(msmtpd, "_Starter", lambda alone: starter(True)):
             self.repeat_most()
-            self.repeat(self.test_its_signals_are_not_those_of_its_host)
+            self.repeat(self.test_its_signals_are_not_those_of_its_host,
+                        self.test_no_argument_is_cut_at_a_nul)
             with mock.patch.object(os, "posix_spawn", without_sessions):
                 self.repeat(self.test_arguments_and_input, self.test_what_it_inherits)
 

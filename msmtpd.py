@@ -1540,9 +1540,8 @@ class Command:
     text: the command line. The first ``%F`` in it becomes the sender (MAILER-DAEMON for <>), and
     the recipients are appended as arguments. timeout: seconds that it may take. stdout: a
     descriptor for its standard output, None for the caller's own. alone: whether this process has
-    no other threads, and no descriptors above 2 that a program inherits; mails then take a shorter
-    way. warnings: what may be wrong with it. Raises ValueError for a command line that cannot
-    work, and where there are no POSIX processes.
+    no other threads, so that a mail may take a shorter way. warnings: what may be wrong with it.
+    Raises ValueError for a command line that cannot work, and where there are no POSIX processes.
 
     Where the words need no shell the program is started directly, otherwise by ``sh -c``, of
     whose text the recipients are no part, with the environment that there is when this is made.
@@ -1713,10 +1712,9 @@ def _find_reparser(words: List[str]) -> str:
         if "%F" in word and word != "%F" and not tail:
             return "%F is inside of a word of the command"
         for part in word.split():
-            # By its first letters, too, for the sake of bash-static, zsh5 and sudo.ws.
-            name = part.replace("=", "/").split("/")[-1]
-            letters = re.match("[a-z]*", name)
-            if name in SHELLS or letters and letters.group() in SHELLS:
+            # Also bash5.2, and by their first letters bash-static, zsh5-static and sudo.ws.
+            name = part.replace("=", "/").split("/")[-1].rstrip("0123456789.-")
+            if not SHELLS.isdisjoint((name, re.split("[^a-z]", name)[0])):
                 return "%s may hand it to a shell" % name
     return ""
 
@@ -1937,8 +1935,9 @@ class _Starter:
     """
 
     def __init__(self, alone: bool) -> None:
-        # By its names, since another thread may change it meanwhile.
-        self._environment = {name: os.environb.get(name, b"") for name in list(os.environb)}
+        # By its names, since another thread may change it meanwhile. Who made one of them empty
+        # wanted nothing by it, but os.posix_spawn refuses it.
+        self._environment = {name: os.environb.get(name, b"") for name in list(os.environb) if name}
         self._start: Start = self._spawn if alone and hasattr(os, "posix_spawn") else self._popen
         try:
             if not alone:
@@ -1960,8 +1959,10 @@ class _Starter:
 
     def _spawn(self, program: str, arguments: List[bytes],
                descriptors: Tuple[int, int, int]) -> int:
-        """What needs no import, but makes other threads wait and closes no inherited descriptor."""
+        """What needs no import, but makes other threads wait, and closes no descriptor."""
         try:
+            if not _hide_descriptors():
+                raise NotImplementedError
             return os.posix_spawn(
                 program, arguments, self._environment, setsid=True, setsigmask=(),
                 setsigdef=signal.valid_signals(), file_actions=[
@@ -1978,6 +1979,20 @@ class _Starter:
                                    stderr=stderr, env=self._environment, start_new_session=True)
         process.returncode = 0      # so that subprocess leaves it to us
         return process.pid
+
+
+def _hide_descriptors() -> bool:
+    """Let programs inherit none above 2; return whether that could be seen to."""
+    try:
+        names = os.listdir("/proc/self/fd")
+    except OSError:         # not Linux
+        return False
+    for descriptor in map(int, names):
+        try:
+            os.set_inheritable(descriptor, descriptor < 3)
+        except OSError:     # that of the folder, which is closed by now
+            pass
+    return True
 
 
 def _posix_spawn(environment: Dict[bytes, bytes]) -> Start:
@@ -2142,8 +2157,10 @@ class Server:
                 opened.enter_context(listener)
                 listener.setblocking(False)
                 # Its clients inherit this, or the last of two small replies might wait 40 ms.
-                if listener.family in (socket.AF_INET, socket.AF_INET6):
+                try:
                     listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+                except OSError:     # a Unix socket has no delay
+                    pass
             addresses = [peer_of(listener.getsockname()) for listener in sockets]
             slots = Slots(*socket.socketpair())
             opened.callback(slots.close)
@@ -2298,8 +2315,9 @@ class _Listeners:
 
     def close(self) -> None:
         """Stop listening. Nobody may be in `accept`."""
-        for listener in self._sockets.values():
-            listener.close()
+        with self._turn:        # or a second caller would return before the first has closed them
+            for listener in self._sockets.values():
+                listener.close()
         if self._epoll:
             self._epoll.close()
 
@@ -2836,32 +2854,38 @@ def _tls_context(certificate: str, key: Optional[str]) -> ssl.SSLContext:
     def refuse() -> str:
         raise StartError("the key in %s is encrypted; decrypt it first, with "
                          "\"openssl pkey -in KEY -out FILE\"" % (key or certificate))
-    for name, part in ((certificate, b"CERTIFICATE"), (key or certificate, b"PRIVATE KEY")):
+    parts = ((certificate, b"CERTIFICATE"), (key or certificate, b"PRIVATE KEY"))
+    for name, _ in parts:
         try:
-            with open(name, "rb") as file:
-                found = part + b"-----" in file.read()
+            open(name, "rb").close()
         except OSError as error:
             raise StartError("cannot read %s: %s" % (name, error.strerror)) from None
-        if not found:
-            raise StartError("there is no %s in %s, in PEM format; if it is in another file, name "
-                             "that with --tls-cert-file or --tls-key-file"
-                             % (part.decode().lower(), name))
     try:
         context.load_cert_chain(certificate, key, refuse)
     except OSError as error:            # ssl.SSLError is one
-        why = (getattr(error, "reason", None) or str(error)).replace("_", " ").lower()
-        raise StartError("cannot use the certificate in %s with the key in %s: %s"
-                         % (certificate, key or certificate, why)) from None
+        for name, part in parts:
+            if os.path.isfile(name) and not _holds(name, part):
+                raise StartError("there is no %s in %s, in PEM format; if it is in another file, "
+                                 "name that with --tls-cert-file or --tls-key-file"
+                                 % (part.decode().lower(), name)) from None
+        raise StartError("cannot use the certificate in %s with the key in %s: %s" % (
+            certificate, key or certificate, re.sub(r" \(_ssl\.c.*", "", str(error)))) from None
     return context
 
 
+def _holds(name: str, part: bytes) -> bool:
+    """Whether a file holds such a part in PEM format (RFC 7468), near its beginning."""
+    with open(name, "rb") as file:
+        return part + b"-----" in file.read(MAX_MEMORY)
+
+
 def _make_server(options: types.SimpleNamespace, log: Log,
-                 stdout: Optional[int], alone: bool) -> Tuple[Server, Command]:
+                 stdout: Optional[int]) -> Tuple[Server, Command]:
     """The server that the options describe, and the command it delivers to."""
     sockets = _inherited_sockets(options.inetd)
     try:
         command = Command(options.command, timeout=options.delivery_timeout, stdout=stdout,
-                          alone=alone)
+                          alone=options.inetd)
     except ValueError as error:
         raise StartError("bad --command: %s" % error) from None
     authenticate = tls = None
@@ -2887,24 +2911,9 @@ def _warn(log: Log, options: types.SimpleNamespace, text: str) -> None:
         _tell("warning: %s" % text)
 
 
-def _hide_descriptors() -> bool:
-    """Let programs inherit none above 2; return whether that could be seen to."""
-    try:
-        names = os.listdir("/proc/self/fd")
-    except OSError:         # not Linux
-        return False
-    for descriptor in map(int, names):
-        try:
-            os.set_inheritable(descriptor, descriptor < 3)
-        except OSError:     # that of the folder, which is closed by now
-            pass
-    return True
-
-
 def _run_inetd(options: types.SimpleNamespace, log: Log) -> int:
     """Serve one client on standard input and output."""
-    server, command = _make_server(options, log, os.open(os.devnull, os.O_WRONLY),
-                                   _hide_descriptors())
+    server, command = _make_server(options, log, os.open(os.devnull, os.O_WRONLY))
     _Stop(server, command, options.delivery_timeout + 3 * KILL_DELAY)
     return 0 if server.serve_descriptors() else 1
 
@@ -2912,7 +2921,7 @@ def _run_inetd(options: types.SimpleNamespace, log: Log) -> int:
 def _run_daemon(options: types.SimpleNamespace, log: Log) -> int:
     """Serve until a signal comes."""
     notify = os.environ.pop("NOTIFY_SOCKET", "")
-    server, command = _make_server(options, log, None, False)
+    server, command = _make_server(options, log, None)
     stop = _Stop(server, command, options.delivery_timeout + 3 * KILL_DELAY)
     _Reload(server, log, options)
     _start_server(server, options)

@@ -980,7 +980,8 @@ class AddressRule(unittest.TestCase):
               "/usr/bin/ssh host cat %F",
               "nice ssh host", "cat --rsh=ssh %F", "cat -e 'ssh -x' %F", "xargs cat", "busybox sh",
               "su -c cat", "sudo cat %F", "cat \"$HOME\" %F", "nosuchprogram %F", "cat -f %F%F",
-              "exec cat %F", "/bin/bash5.2 %F", "env bash-static %F", "env zsh5-static",
+              "exec cat %F", "/bin/bash5.2 %F", "env bash-static %F", "systemd-run1 cat",
+              "env zsh5-static",
               "env sudo.ws cat", "env su-exec cat", "cat {a,b} %F", "cat && cat", "! cat")
 
     def test_safe_commands_take_every_address(self):
@@ -3273,7 +3274,8 @@ class Options(ProgramCase):
                 (["--in"], "did you mean --inetd or --interface"), (["--inetd=1"], "no value"),
                 (["--m=5"], "--max-size or --max-sessions"), (["--", "--inetd"], "--inetd; see"),
                 (["--command", "msmtp", "-f", "%F"], "-f; options begin with --, and a value"),
-                (["--tls-cert-file=/dev/null"], "there is no certificate in /dev/null"),
+                (["--tls-cert-file=" + PROGRAM], "no certificate in .*; if it is in another file"),
+                (["--tls-cert-file=/dev/null"], "cannot use the certificate in /dev/null"),
                 (["--tls-starttls=maybe"], "--tls-starttls")):
             with self.subTest(arguments):
                 status, text = self.run_here(*arguments)
@@ -3645,9 +3647,15 @@ class Inetd(ProgramCase):
         script = self.script("show", "#!/bin/sh\nls -l /proc/$$/fd\n"
                              "exec cat /proc/self/status /proc/self/stat\n")
         command = self.script("command", "#!/bin/sh\nexec %s > %s/shown\n" % (script, self.folder))
-        text = ("import signal, sys; sys.path.append(sys.argv[1]); import msmtpd\n"
+        text = ("import os, signal, sys; sys.path.append(sys.argv[1]); import msmtpd\n"
                 "signal.signal(signal.SIGUSR1, signal.SIG_IGN)\n"
                 "signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGUSR2})\n"
+                "real = msmtpd._make_server\n"
+                "def make_server(*arguments):\n"
+                "    made = real(*arguments)\n"
+                "    os.set_inheritable(os.open(os.devnull, os.O_RDONLY), True)\n"
+                "    return made\n"
+                "msmtpd._make_server = make_server     # as a C library may, behind keyring or ssl\n"
                 "status = msmtpd.main(sys.argv[2:])\n"
                 "sys.exit(status or len({'ctypes', 'subprocess'} & set(sys.modules)))")
         done = subprocess.run([sys.executable, "-c", text, os.path.dirname(PROGRAM), "--inetd",
@@ -3662,6 +3670,11 @@ class Inetd(ProgramCase):
             self.assertEqual(int(re.search(name + r":\s*(\w+)", shown).group(1), 16) % (1 << 31), 0)
         pid, _, _, _, group, session = shown.splitlines()[-1].split()[:6]
         self.assertEqual((group, session), (pid, pid))
+
+    def test_an_environment_with_a_nameless_variable(self):
+        done = self.run_inetd(b"".join(self.DIALOGUE), env={**os.environ, "": "x"})
+        self.assertEqual(done.returncode, 0)
+        self.assertEqual(len(self.delivered()), 1)
 
     def test_peer_of_a_socket(self):
         with socket.create_server(("127.0.0.1", 0)) as listener, \
@@ -4604,6 +4617,19 @@ class Encryption(PeerCase):
                     self.assertEqual(mute.rest(), "")   # no words where TLS is awaited
                     self.assertLess(time.monotonic() - since, 5)    # 10 would be the full rule's
                     wait_for(lambda: "session 2: connect" in self.logged(), "the slot to be free")
+
+    @unittest.skipUnless(os.path.exists("/dev/fd"), "no /dev/fd")
+    def test_a_key_from_a_pipe(self):
+        """As from gpg -d, by way of bash."""
+        reader, writer = os.pipe()
+        self.addCleanup(os.close, reader)
+        os.write(writer, KEY_1.encode())
+        os.close(writer)
+        done = self.run_program(
+            "--inetd", "--tls-cert-file=" + self.write("certificate", CERTIFICATE_1),
+            "--tls-key-file=/dev/fd/%d" % reader, input=b"EHLO x\r\nQUIT\r\n", pass_fds=[reader])
+        self.assertEqual(done.returncode, 0)
+        self.assertIn(b"STARTTLS\r\n", done.stdout)
 
     def test_files_that_are_not_in_order(self):
         self.write("nothing", "no certificate here")

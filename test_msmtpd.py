@@ -980,7 +980,7 @@ class AddressRule(unittest.TestCase):
               "/usr/bin/ssh host cat %F",
               "nice ssh host", "cat --rsh=ssh %F", "cat -e 'ssh -x' %F", "xargs cat", "busybox sh",
               "su -c cat", "sudo cat %F", "cat \"$HOME\" %F", "nosuchprogram %F", "cat -f %F%F",
-              "exec cat %F", "/bin/bash5.2 %F", "env bash-static %F", "systemd-run1 cat",
+              "exec cat %F", "/bin/bash5.2 %F", "env bash-static %F", "env systemd-run1 cat",
               "env zsh5-static",
               "env sudo.ws cat", "env su-exec cat", "cat {a,b} %F", "cat && cat", "! cat")
 
@@ -3655,7 +3655,7 @@ class Inetd(ProgramCase):
                 "    made = real(*arguments)\n"
                 "    os.set_inheritable(os.open(os.devnull, os.O_RDONLY), True)\n"
                 "    return made\n"
-                "msmtpd._make_server = make_server     # as a C library may, behind keyring or ssl\n"
+                "msmtpd._make_server = make_server     # as what keyring or ssl loads may\n"
                 "status = msmtpd.main(sys.argv[2:])\n"
                 "sys.exit(status or len({'ctypes', 'subprocess'} & set(sys.modules)))")
         done = subprocess.run([sys.executable, "-c", text, os.path.dirname(PROGRAM), "--inetd",

@@ -419,15 +419,21 @@ HTTP_METHODS = frozenset(
     b"CONNECT DELETE GET HEAD OPTIONS PATCH POST PRI PROPFIND PUT TRACE".split())
 
 
+class HTTPRequest(Exception):
+    """The client speaks HTTP."""
+
+
 def parse_command(line: bytes) -> Tuple[str, str]:
     """Split a command line, without its end, into its verb in upper case and its argument.
 
-    Raises ValueError saying what is wrong with its bytes.
+    Raises HTTPRequest, and ValueError saying what is wrong with its bytes.
     """
     return (_split_again if line[:5].rstrip(b" ").upper() in _REPEATED else _split)(line)
 
 
 def _split(line: bytes) -> Tuple[str, str]:
+    if is_http(line):
+        raise HTTPRequest
     try:
         text = line.decode()
     except UnicodeDecodeError:
@@ -586,10 +592,6 @@ class Stopping(Exception):
     """The server stops, and this session with it."""
 
 
-class HTTPRequest(Exception):
-    """The client speaks HTTP."""
-
-
 class TLSHello(Exception):
     """The client speaks TLS where it should not yet."""
 
@@ -695,10 +697,10 @@ class Wire:
         # its microseconds are on some machines only the first half of a long.
         blocking = (os.name == "posix" and sys.byteorder == "little"
                     and connection.gettimeout() is None)
+        moment = struct.pack("ll", 0, int(1e6 * MOMENT))
         try:
             for option in (socket.SO_RCVTIMEO, socket.SO_SNDTIMEO) if blocking else ():
-                connection.setsockopt(socket.SOL_SOCKET, option,
-                                      struct.pack("ll", 0, int(1e6 * MOMENT)))
+                connection.setsockopt(socket.SOL_SOCKET, option, moment)
         except OSError:
             blocking = False
         if not blocking:
@@ -1069,6 +1071,7 @@ class Session:
         """Return the next command's verb, in upper case, and its argument."""
         line = self._read_line()
         if len(line) + len(self._line_end) > MAX_LINE and line[:5].upper() != b"AUTH ":
+            self._refuse_http(line)
             raise Refused(Reply(500, "5.5.2", "Line too long"))
         try:
             verb, argument = parse_command(line)
@@ -1089,20 +1092,20 @@ class Session:
         except LineTooLong as error:
             self._bare_lf = False
             self._refuse_http(error.start)
-            self._first_line = False
             if error.endless:
                 raise Disconnect(Reply(421, "4.5.2", "Endless line"), "endless line") from None
             raise Refused(Reply(500, "5.5.2", "Line too long")) from None
         if self._line_end != b"\n":
             self._bare_lf = False
-        self._refuse_http(line)
-        self._first_line = False
+        if self._first_line:        # the others parse_command looks at, and at the same one once
+            self._refuse_http(line)
         return line
 
     def _refuse_http(self, line: bytes) -> None:
         """Raise HTTPRequest where a web page speaks: behind its request could stand a mail."""
         if is_http(line) or self._first_line and is_header(line):
             raise HTTPRequest
+        self._first_line = False
 
     def _write(self, reply: Reply) -> None:
         if self._debugging:
@@ -1356,7 +1359,9 @@ class Session:
         """
         import base64
         self._write(Reply(334, "", base64.b64encode(challenge).decode()))
-        response = self._read_line().decode("latin-1")
+        line = self._read_line()
+        self._refuse_http(line)
+        response = line.decode("latin-1")
         self._debug("C: (hidden)")
         if response == "*":
             raise Refused(Reply(501, "5.5.2", "Cancelled"))

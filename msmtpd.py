@@ -2925,6 +2925,7 @@ def _run_inetd(options: types.SimpleNamespace, log: Log) -> int:
 
 def _run_daemon(options: types.SimpleNamespace, log: Log) -> int:
     """Serve until a signal comes."""
+    import gc
     notify = os.environ.pop("NOTIFY_SOCKET", "")
     server, command = _make_server(options, log, None)
     stop = _Stop(server, command, options.delivery_timeout + 3 * KILL_DELAY)
@@ -2939,6 +2940,7 @@ def _run_daemon(options: types.SimpleNamespace, log: Log) -> int:
         _notify(notify, b"STOPPING=1")
         if on_terminal:
             _tell("stopping, when mails under way are delivered; Ctrl-C again: at once")
+    gc.freeze()         # what is there now stays: the collector need not look through it for ever
     _notify(notify, b"READY=1")
     server.serve_forever(stopping)
     _report(log, INFO, "stopped")

@@ -3290,6 +3290,31 @@ class Options(ProgramCase):
                 self.assertRegex(text, r"\Amsmtpd: .*\n\Z")
                 self.assertRegex(text, words)
 
+    def test_where_python_lacks_modules(self):
+        """Cut-down Pythons do; what needs one of them is refused, and all else works."""
+        program = self.script("program", (
+            "import runpy, sys\n"
+            "for name in 'ssl syslog pwd grp resource ctypes'.split():\n"
+            "    sys.modules[name] = None\n"
+            "runpy.run_path(%r, run_name='__main__')\n") % PROGRAM)
+        with mock.patch.object(sys.modules[__name__], "PROGRAM", program):
+            for option, words in (("--log=syslog", "this system has no syslog; use --log=FILE"),
+                                  ("--tls-cert-file=x", "this Python has no ssl module")):
+                done = self.run_program("--port=0", option)
+                self.assertEqual((done.returncode, done.stdout), (3, b""))
+                self.assertRegex(done.stderr.decode(), r"\Amsmtpd: %s.*\n\Z" % words)
+            process = self.start("--auth=joe,echo secret", "--command=%s --" % self.capture)
+            with Client(process) as client:
+                client.open("AUTH PLAIN " + base64.b64encode(b"\0joe\0secret").decode(),
+                            "MAIL FROM:<a@example.org>", "RCPT TO:<b@example.org>", "DATA")
+                self.assertEqual(client.do("x\r\n."), "250 2.0.0 Delivered")
+            self.assertEqual(self.stop(process), (0, ""))
+            done = self.run_program("--inetd", "--command=%s --" % self.capture,
+                                    input=Inetd.DIALOGUE[0])
+            self.assertEqual((done.returncode, done.stderr), (0, b""))
+        self.assertEqual([arguments for arguments, _ in self.delivered()],
+                         [["--", "b@example.org"], ["--", "c@d"]])
+
     def test_refusals_are_one_line_where_the_log_is_standard_error(self):
         for arguments in (["--log=-", "--port=x"], ["--debug", "--tls-cert-file=/nonexistent"]):
             done = self.run_program(*arguments)

@@ -47,6 +47,7 @@ if TYPE_CHECKING:
         BinaryIO,
         Callable,
         Collection,
+        ContextManager,
         Dict,
         FrozenSet,
         Iterable,
@@ -2265,62 +2266,51 @@ class _Listeners:
     """
 
     def __init__(self, stop: int, sockets: Sequence[socket.socket], log: Log) -> None:
+        import contextlib
         import threading
         self._log = log
-        self._failing = threading.Lock()    # guards the next
         self._pause = 0.0       # seconds since the last try, if that failed
         self._sockets = {listener.fileno(): listener for listener in sockets}
-        self._turn = threading.Lock()
         self._watch = _Watch((stop, *self._sockets))
+        self._closing = threading.Lock()        # not that of the turns, which a fork copies held
+        self._turn: ContextManager[object] = threading.Lock()
         try:
             self._epoll: Optional[select.epoll] = select.epoll()
             self._once = select.EPOLLIN | select.EPOLLONESHOT
             self._epoll.register(stop, select.EPOLLIN)
             for descriptor in self._sockets:
                 self._epoll.register(descriptor, self._once)
+            self._turn = contextlib.nullcontext()       # anybody's
         except (AttributeError, OSError):
             self._epoll = None
 
     def accept(self) -> Optional[Tuple[socket.socket, object]]:
         """Wait, and return a client and its address; None where one is to come again."""
-        if self._epoll is None:
-            with self._turn:
-                return self._attempt(lambda: self._watch.wait(None))
         ready: Collection[int] = self._sockets      # unless it is known better: to be armed again
-
-        def wait() -> Collection[int]:
-            nonlocal ready
-            ready = dict(self._epoll.poll(None, 1)) if self._epoll else ()
-            return ready
-        try:
-            return self._attempt(wait)
-        finally:
-            for descriptor in ready:
-                if descriptor in self._sockets:
-                    self._epoll.modify(descriptor, self._once)      # for the next thread
-
-    def _attempt(self, wait: Callable[[], Collection[int]]
-                 ) -> Optional[Tuple[socket.socket, object]]:
-        """Accept from a listener that is ready; where that fails, nobody else tries meanwhile."""
-        try:
-            for descriptor in wait():
-                if descriptor in self._sockets:
-                    accepted = self._sockets[descriptor].accept()
-                    self._pause = 0.0
-                    return accepted
-        except (BlockingIOError, ConnectionAbortedError):       # the client has left
-            pass
-        except Exception as error:      # descriptors or memory are short, which passes
-            with self._failing:
+        with self._turn:
+            try:
+                ready = dict(self._epoll.poll(None, 1)) if self._epoll else self._watch.wait(None)
+                for descriptor in ready:
+                    if descriptor in self._sockets:
+                        accepted = self._sockets[descriptor].accept()
+                        self._pause = 0.0
+                        return accepted
+            except (BlockingIOError, ConnectionAbortedError):       # the client has left
+                pass
+            except Exception as error:      # descriptors or memory are short, which passes
                 is_first, self._pause = not self._pause, min(2 * self._pause, 1.0) or 0.1
-            if is_first:
-                _report(self._log, ERROR, "cannot accept, will try again: %s", _why(error))
-            time.sleep(self._pause or 0.1)
+                if is_first:
+                    _report(self._log, ERROR, "cannot accept, will try again: %s", _why(error))
+                time.sleep(self._pause or 0.1)      # nobody else tries meanwhile
+            finally:
+                for descriptor in ready:
+                    if self._epoll and descriptor in self._sockets:
+                        self._epoll.modify(descriptor, self._once)      # for the next thread
         return None
 
     def close(self) -> None:
         """Stop listening. Nobody may be in `accept`."""
-        with self._turn:        # or a second caller would return before the first has closed them
+        with self._closing:     # or a second caller would return before the first has closed them
             for listener in self._sockets.values():
                 listener.close()
         if self._epoll:

@@ -2441,6 +2441,7 @@ class WhereItIsVendored(unittest.TestCase):
 
     def test_in_a_process_that_forks(self):
         self.run_script(FORK)
+        self.run_script("import select\nvars(select).pop('epoll', None)\n" + FORK)
 
     def test_in_a_process_whose_state_stays_as_it_was(self):
         self.run_script(STATE)

@@ -218,9 +218,7 @@ class Spool:
         """Append `data`. Raises OSError where the disk, MemoryError where the memory is full."""
         size = self.size + len(data)
         if size > MAX_MEMORY and not self._on_disk:
-            import tempfile
-            self._move(tempfile.TemporaryFile(prefix="msmtpd-"))
-            self._on_disk = True
+            self.to_disk()
         elif size > CHUNK and not self.has_descriptor:
             try:
                 memory = os.memfd_create("msmtpd")
@@ -232,11 +230,24 @@ class Spool:
         self._file.flush()      # now, not where nobody looks for an error any more
         self.size = size
 
+    def to_disk(self) -> None:
+        """Move the data to a file that has a descriptor. Raises OSError."""
+        import tempfile
+        self._move(tempfile.TemporaryFile(prefix="msmtpd-"))
+        self._on_disk = True
+
     def _move(self, file: BinaryIO) -> None:
-        old, self._file, self.has_descriptor = self.file(), file, True
-        for piece in iter(lambda: old.read(CHUNK), b""):
-            file.write(piece)
+        old, self._file = self.file(), file
+        try:
+            for piece in iter(lambda: old.read(CHUNK), b""):
+                file.write(piece)
+            file.flush()
+        except BaseException:
+            self.close()
+            self._file = old        # which is whole
+            raise
         old.close()
+        self.has_descriptor = True
 
     def file(self) -> BinaryIO:
         """The data as a file, open for reading from its start."""
@@ -1759,11 +1770,10 @@ class _Run:
         self.ended = False
         self._lock = _thread.allocate_lock()    # held while it is reaped: no signal goes to another
         self._pause = SHORT_PAUSE           # between looks at a process that cannot be polled
-        self._feed: Optional[int] = None    # these three are descriptors
-        self._stderr: Optional[int] = None
+        self._stderr: Optional[int] = None  # these two are descriptors
         self._pidfd: Optional[int] = None
         try:
-            stdin, self._feed, self._rest = _open_input(mail)
+            stdin = _open_input(mail)
             try:
                 self._stderr, stderr = os.pipe()
                 try:
@@ -1791,13 +1801,12 @@ class _Run:
         return str(self.status) if self.status >= 0 else "signal %d" % -self.status
 
     def finish(self, seconds: float) -> None:
-        """Feed the command and wait for its end, which after `seconds` is brought about."""
+        """Wait for the command's end, which after `seconds` is brought about."""
         deadline, signals = time.monotonic() + seconds, [signal.SIGTERM, signal.SIGKILL]
         try:
             # Mostly it ends at once; to watch its standard error, too, is to be woken twice.
-            if self._pidfd is not None and not self._rest:
-                if _Watch((self._pidfd,)).wait(min(seconds, 0.01)):
-                    self.reap()
+            if self._pidfd is not None and _Watch((self._pidfd,)).wait(min(seconds, 0.01)):
+                self.reap()
             while not self.ended:
                 now = time.monotonic()
                 if now >= deadline:
@@ -1820,10 +1829,7 @@ class _Run:
         if self._pidfd is None:
             seconds = min(seconds, self._pause)
             self._pause = min(2 * self._pause, 0.05)
-        ready = _Watch([fd for fd in (self._stderr, self._pidfd) if fd is not None],
-                       [] if self._feed is None else [self._feed]).wait(seconds)
-        if self._feed in ready:
-            self._feed_more()
+        ready = _Watch([fd for fd in (self._stderr, self._pidfd) if fd is not None]).wait(seconds)
         if self._pidfd is None or self._pidfd in ready:
             self.reap()
         if self._stderr in ready and not self.ended:
@@ -1874,23 +1880,6 @@ class _Run:
                                           else os.WEXITSTATUS(status))
             return True
 
-    def _feed_more(self) -> None:
-        """Write what the command's standard input takes of the mail."""
-        assert self._feed is not None
-        try:
-            self._rest = self._rest[os.write(self._feed, self._rest):]
-        except BlockingIOError:
-            return
-        except OSError:
-            self._rest = self._rest[:0]     # EPIPE: it reads no more, which is its own business
-        if not self._rest:
-            self._stop_feeding()
-
-    def _stop_feeding(self) -> None:
-        if self._feed is not None:
-            os.close(self._feed)
-            self._feed = None
-
     def _read_errors(self) -> None:
         """Read what is there of the command's standard error, and keep the head of it."""
         assert self._stderr is not None
@@ -1905,33 +1894,32 @@ class _Run:
         while (self.status != 0 and self._stderr is not None
                and len(self.errors) < MAX_ERROR_OUTPUT and _Watch((self._stderr,)).wait(0)):
             self._read_errors()
-        self._stop_feeding()
         for descriptor in (self._stderr, self._pidfd):
             if descriptor is not None:
                 os.close(descriptor)
 
 
-def _open_input(mail: Mail) -> Tuple[int, Optional[int], memoryview]:
-    """A descriptor to read the mail from, and one, or None, to write the rest of it to."""
-    file = mail.file
-    if mail.spool.has_descriptor:
-        try:        # for reading only, and at a place of its own
-            reader = os.open("/proc/self/fd/%d" % file.fileno(), os.O_RDONLY)
-        except OSError:
-            reader = os.dup(file.fileno())
-        return reader, None, memoryview(b"")
-    rest = memoryview(file.read())
-    reader, writer = os.pipe()
-    if len(rest) > 4096:        # the least that a pipe takes at once, wherever there are pipes
-        os.set_blocking(writer, False)
-    try:
-        rest = rest[os.write(writer, rest):]    # all of it, mostly: no one need pump
-    except BlockingIOError:
-        pass
-    if rest:
-        return reader, writer, rest
-    os.close(writer)
-    return reader, None, rest
+def _open_input(mail: Mail) -> int:
+    """A descriptor for the command to read the mail from: a pipe where it holds all of it."""
+    if not mail.spool.has_descriptor:
+        data = mail.data
+        reader, writer = os.pipe()
+        try:
+            if len(data) > 4096:        # the least that a pipe takes at once anywhere
+                os.set_blocking(writer, False)
+            if os.write(writer, data) == len(data):
+                return reader
+        except BlockingIOError:
+            pass
+        finally:
+            os.close(writer)
+        os.close(reader)
+        mail.spool.to_disk()
+    descriptor = mail.file.fileno()
+    try:        # for reading only, and at a place of its own
+        return os.open("/proc/self/fd/%d" % descriptor, os.O_RDONLY)
+    except OSError:
+        return os.dup(descriptor)
 
 
 class _Starter:

@@ -1299,6 +1299,19 @@ class Delivery(ProgramCase):
                         self.test_children_left_behind_hold_nothing_up,
                         self.test_mails_of_any_size_arrive_whole)
 
+    def test_without_memory_that_has_a_descriptor(self):
+        with mock.patch.object(os, "memfd_create", side_effect=OSError, create=True):
+            self.repeat(self.test_mails_of_any_size_arrive_whole,
+                        self.test_a_mail_that_was_looked_at_arrives_whole,
+                        self.test_no_descriptor_is_left_open)
+            mail = msmtpd.Mail("a@b", ["c@d"], b"x" * 200000)
+            if os.path.exists("/dev/full"):
+                with mock.patch.object(tempfile, "TemporaryFile",
+                                       lambda prefix: open("/dev/full", "w+b")):
+                    self.assertEqual(self.run_command("cat", mail)[0].code, 451)
+            self.assertEqual(self.run_command(self.capture, mail)[1], "exit=0")
+            self.assertEqual(self.delivered()[-1][1], b"x" * 200000)
+
     def test_without_posix_spawn(self):
         with mock.patch.object(msmtpd, "_posix_spawn", side_effect=ImportError):
             self.repeat_most()

@@ -860,28 +860,24 @@ class Wire:
     def _wait(self, reading: bool, deadline: float, idle: bool = False) -> None:
         """Wait for the client; `idle` says that it is in the middle of nothing."""
         slots, client = self._slots, self._source if reading else self._sink
-        watch = (_Watch((client, slots.descriptor)) if reading
-                 else _Watch((slots.descriptor,), (client,)))
-        # Nobody tells a session that the slots have been filled: it looks now and then.
-        patience = FULL_TIMEOUT
-        while slots.drain_until is None:
-            left = deadline - time.monotonic()
+        stop: Tuple[int, ...] = (slots.descriptor,)
+        end, turn = deadline, FULL_TIMEOUT
+        while True:
+            if slots.drain_until is not None:
+                if idle:
+                    raise Stopping
+                # In short turns, as a further drain may shorten it.
+                stop, end, turn = (), min(deadline, slots.drain_until), 0.2
+            left = end - time.monotonic()
             if left <= 0:
-                raise Silent
-            ready = watch.wait(min(left, patience))
+                raise Stopping if end < deadline else Silent
+            watch = _Watch((client, *stop)) if reading else _Watch(stop, (client,))
+            ready = watch.wait(min(left, turn))
             if client in ready:
                 return
-            if slots.full and not ready:
+            if stop and slots.full and not ready:
                 raise Silent
-            patience = 1.0
-        watch = _Watch((client,)) if reading else _Watch((), (client,))
-        while not idle:
-            left = min(deadline, slots.drain_until) - time.monotonic()
-            if left <= 0:
-                break
-            if watch.wait(min(left, 0.2)):      # in turns, as a further drain may shorten it
-                return
-        raise Stopping if idle or slots.drain_until < deadline else Silent
+            turn = 1.0      # nobody tells a session that the slots have been filled
 
 
 class TLSWire(Wire):

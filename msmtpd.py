@@ -808,12 +808,14 @@ class Wire:
             pass
         return self._unheard
 
-    def close(self, farewell: bytes, linger: float) -> None:
-        """Send `farewell` if the client takes it, and for `linger` seconds drop what it sends.
+    def close(self, farewell: bytes, linger: bool) -> None:
+        """Send `farewell` if the client takes it within a second, or else give it up.
 
-        Closing a socket with unread input resets it, and the client may never see the farewell.
+        linger: whether to drop for the rest of that second what the client sends, if it does not
+        expect the end: a socket that is closed with unread input is reset, and the client may never
+        see the farewell.
         """
-        deadline = time.monotonic() + max(linger, 1.0)
+        deadline = time.monotonic() + 1.0
         data, self._output = self._output + farewell, b""
         try:
             self._push(data, deadline)
@@ -905,9 +907,9 @@ class TLSWire(Wire):
         """As Wire's; what is not decrypted yet is not looked at."""
         return not self._tls.pending() and super().has_left()
 
-    def close(self, farewell: bytes, linger: float) -> None:
+    def close(self, farewell: bytes, linger: bool) -> None:
         """As Wire's, with TLS's own farewell behind it."""
-        super().close(farewell, 0)
+        super().close(farewell, False)
         try:
             self._tls.unwrap()      # RFC 8446 6.1; the answer is not awaited
         except OSError:
@@ -1009,14 +1011,12 @@ class Session:
         Returns whether all went well: no 421, no transaction cut off, each mail delivered.
         """
         reply: Optional[Reply] = None
-        linger = 0.0
         self._info("connect from %s", self.peer)
         try:
             reply = self._converse()
-            reason, linger = ("QUIT", 0.0) if reply.code == 221 else ("by the server", 1.0)
+            reason = "QUIT" if reply.code == 221 else "by the server"
         except Disconnect as end:
             reason, reply = end.reason or "by the server", end.reply
-            linger = 1.0 if reply and reply.code != 221 else 0.0
         except Gone:
             reason = "the client left" + (" in mid-transaction" if self.mail else "")
         except Silent:
@@ -1028,7 +1028,7 @@ class Session:
             reason = "the client spoke TLS to a plain port"
         except HTTPRequest:
             reason = "the client spoke HTTP"
-            reply, linger = Reply(421, "4.7.0", "This is no web server"), 1.0
+            reply = Reply(421, "4.7.0", "This is no web server")
         except BaseException:
             self._error("internal error", exc_info=True)
             reason, reply = "internal error", Reply(421, "4.3.0", "Internal error")
@@ -1036,7 +1036,7 @@ class Session:
             self._show(reply)
         clean = not (self.mail or self._undelivered or reply and reply.code == 421)
         self._info("closed: %s", reason)
-        self._wire.close(bytes(reply) if reply else b"", linger)
+        self._wire.close(bytes(reply) if reply else b"", bool(reply and reply.code != 221))
         return clean
 
     # The dialogue

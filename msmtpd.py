@@ -2102,8 +2102,8 @@ class Server:
         self.host, self.port = self._hosts[0], port
         self.addresses: List[Peer] = []
         self._port, self._sockets = port, sockets
-        if isinstance(deliver, Command):
-            check = _both(deliver.check, check)     # so that the client hears of it in time
+        if isinstance(deliver, Command):        # so that the client hears of it in time
+            check = _both(deliver.check, check) if check else deliver.check
         self._settings = Settings(deliver, check, tls, starttls, received, max_size, timeout)
         self._authenticate = authenticate
         self._session, self._max_sessions = session, max_sessions
@@ -2444,12 +2444,12 @@ def _listen(hosts: Sequence[str], port: int) -> List[socket.socket]:
     return listeners
 
 
-def _both(first: Check, second: Optional[Check]) -> Check:
+def _both(first: Check, second: Check) -> Check:
     """The check that asks both."""
     def check(address: str, mail: Mail) -> None:
-        for ask in (first, second or first):
+        for ask in (first, second):
             _refuse_result(ask(address, mail))
-    return check if second else first
+    return check
 
 
 def _library_log() -> logging.Logger:

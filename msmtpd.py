@@ -1448,14 +1448,13 @@ class Session:
         self._wire.flush()
         try:
             _refuse_result(self._settings.deliver(mail))
-            reply = Reply(250, "2.0.0", "Delivered")
+            return Reply(250, "2.0.0", "Delivered")
         except _Failure as failure:
             self._log_details(failure)
-            reply = failure.reply(554, "3.0", "Delivery failed")
+            return failure.reply(554, "3.0", "Delivery failed")
         except BaseException:
             self._error("deliver raised", exc_info=True)
-            reply = Reply(451, "4.3.0", "Internal error")
-        return reply
+            return Reply(451, "4.3.0", "Internal error")
 
     def _log_details(self, failure: _Failure) -> None:
         for line in failure.details:
@@ -1950,16 +1949,16 @@ class _Starter:
     def _spawn(self, program: str, arguments: List[bytes],
                descriptors: Tuple[int, int, int]) -> int:
         """What needs no import, but makes other threads wait, and closes no descriptor."""
-        try:
-            if not _hide_descriptors():
-                raise NotImplementedError
-            return os.posix_spawn(
-                program, arguments, self._environment, setsid=True, setsigmask=(),
-                setsigdef=signal.valid_signals(), file_actions=[
-                    (os.POSIX_SPAWN_DUP2, descriptor, number)
-                    for number, descriptor in enumerate(descriptors)])
-        except NotImplementedError:     # no setsid on this system
-            return self._popen(program, arguments, descriptors)
+        if _hide_descriptors():
+            try:
+                return os.posix_spawn(
+                    program, arguments, self._environment, setsid=True, setsigmask=(),
+                    setsigdef=signal.valid_signals(), file_actions=[
+                        (os.POSIX_SPAWN_DUP2, descriptor, number)
+                        for number, descriptor in enumerate(descriptors)])
+            except NotImplementedError:     # no setsid on this system
+                pass
+        return self._popen(program, arguments, descriptors)
 
     def _popen(self, program: str, arguments: List[bytes],
                descriptors: Tuple[int, int, int]) -> int:

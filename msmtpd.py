@@ -177,8 +177,8 @@ class _Failure(Exception):
         """The reply to give; `code`, `detail` (as "3.0") and `text` stand in for what it lacks."""
         if code // 100 != self.digit:
             code = 451
-        text = str(self)[:MAX_REPLY_LINE] or text       # more of it would not be sent
-        return Reply(self.code or code, self.enhanced or "%d.%s" % (self.digit, detail), text)
+        return Reply(self.code or code, self.enhanced or "%d.%s" % (self.digit, detail),
+                     str(self) or text)
 
 
 class TemporaryFailure(_Failure):
@@ -284,8 +284,7 @@ class Mail:
         self.tls, self.smtputf8 = tls, smtputf8
         self.outcome = ""
         self.spool = Spool()
-        if data != b"":
-            self.spool.write(data)
+        self.spool.write(data)
 
     @property
     def size(self) -> int:
@@ -1707,8 +1706,8 @@ class Command:
             code, enhanced = 451, "4.3.0"
         else:
             code, enhanced = EXIT_REPLIES.get(status, (554, "5.3.0"))
-        lines = [line.strip() for line in run.errors.decode("utf-8", "replace").splitlines()]
-        lines = [line for line in lines if line]
+        errors = run.errors.decode("utf-8", "replace")
+        lines = [line.strip() for line in errors.splitlines() if line.strip()]
         why = "Command failed (exit %s)" % run.outcome
         text = _plain("; ".join(lines))[:MAX_ERROR_TEXT]
         failure = TemporaryFailure if code < 500 else PermanentFailure
@@ -1936,7 +1935,8 @@ class _Starter:
 
     def __call__(self, program: str, arguments: List[bytes],
                  descriptors: Tuple[int, int, int]) -> int:
-        if min(descriptors[::2]) < 3:       # they could stand in each other's way
+        stdin, _, stderr = descriptors
+        if min(stdin, stderr) < 3:      # they could stand in each other's way
             raise OSError(errno.EBADF, "a descriptor of 0 to 2 of this process was closed")
         try:
             return self._start(program, arguments, descriptors)

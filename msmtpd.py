@@ -1406,8 +1406,9 @@ class Session:
         """Read the mail data to its end, whatever goes wrong; return the reply if anything did."""
         # People at a terminal and printf | nc end their lines so; another server never does.
         ends = (b"\r\n.\r\n", b"\n.\n") if self._bare_lf else (b"\r\n.\r\n",)
-        transparency, problem, received = Transparency(), None, 0
+        transparency, received = Transparency(), 0
         head = self._trace() if self._settings.received else b""
+        problem = self._spool(mail, head)
         for piece in self._wire.read_body(self._line_end, ends):
             received += len(piece)
             if problem:
@@ -1417,13 +1418,11 @@ class Session:
                 mail.spool.close()
                 continue
             lines = transparency.decode(piece)
-            if head and lines:
-                # A mail that begins with a blank would continue the field.
-                lines = head + (b"\n" if lines[:1] in (b" ", b"\t") else b"") + lines
-                head = b""
+            if head and mail.size == len(head) and lines[:1] in (b" ", b"\t"):
+                lines = b"\n" + lines       # or else the first would continue the field
             problem = self._spool(mail, lines)
             del piece, lines        # not to be held while the next is waited for
-        return self._spool(mail, head) if head and not problem else problem
+        return problem
 
     def _spool(self, mail: Mail, data: bytes) -> Optional[Reply]:
         """Keep `data`; return the reply where that fails."""

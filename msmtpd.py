@@ -72,7 +72,7 @@ __all__ = ["Server", "Session", "Mail", "Peer", "Reply", "Command", "TemporaryFa
            "PermanentFailure", "Refused", "Disconnect", "one_user", "smtpd_handler", "main"]
 
 # ---------------------------------------------------------------------------------------------
-# Limits: those to choose are arguments of Server and Command, to set them here may do nothing
+# Limits; those that are to be chosen are arguments of Server and Command, these their defaults
 # ---------------------------------------------------------------------------------------------
 
 MAX_SIZE = 64 * 1024 * 1024        # bytes of mail data as received; at least 64 K: 4.5.3.1.7
@@ -552,7 +552,7 @@ def mail_date(when: float) -> str:
     days = ("Mon", "Tue", "Wed", "Thu", "Fri", "Sat", "Sun")
     months = ("Jan", "Feb", "Mar", "Apr", "May", "Jun", "Jul", "Aug", "Sep", "Oct", "Nov", "Dec")
     minutes = (t.tm_gmtoff or 0) // 60
-    # strftime would follow the locale.
+    # strftime would follow the locale; email.utils is dear to import.
     return "%s, %d %s %d %02d:%02d:%02d %s%02d%02d" % (
         days[t.tm_wday], t.tm_mday, months[t.tm_mon - 1], t.tm_year, t.tm_hour, t.tm_min, t.tm_sec,
         "-" if minutes < 0 else "+", abs(minutes) // 60, abs(minutes) % 60)
@@ -638,8 +638,8 @@ class _Watch:
 class Slots:
     """Whether the sessions are to end, and whether all that there may be are taken.
 
-    Read by every session and, but for its own server, changed by nobody. The waker is what
-    `drain` closes, and thereby wakes all who wait for `descriptor`: a signal handler may do it.
+    Each session reads it, and only its server changes it. `drain`, which a signal handler may
+    call, wakes all who wait for `descriptor`: the writer is closed, of which this is the reader.
     waiting: who waits for a further client, None where there can be none.
     """
 
@@ -820,8 +820,8 @@ class Wire:
             self._push(data, deadline)
             if linger:
                 self._end_output()
-            while linger and self._slots.drain_until is None:
-                self._pull(deadline)
+                while self._slots.drain_until is None:
+                    self._pull(deadline)
         except (Gone, Silent, Stopping, OSError):
             pass
 
@@ -1925,12 +1925,12 @@ class _Starter:
         # By its names, since another thread may change it meanwhile. Who made one of them empty
         # wanted nothing by it, but os.posix_spawn refuses it.
         self._environment = {name: os.environb.get(name, b"") for name in list(os.environb) if name}
-        self._start: Start = self._spawn if alone and hasattr(os, "posix_spawn") else self._popen
-        try:
-            if not alone:
+        self._start: Start = self._spawn
+        if not alone:
+            try:
                 self._start = _posix_spawn(self._environment)
-        except (ImportError, AttributeError, OSError, MemoryError):     # no ctypes, or no glibc
-            pass
+            except (ImportError, AttributeError, OSError, MemoryError):     # no ctypes, or no glibc
+                self._start = self._popen
 
     def __call__(self, program: str, arguments: List[bytes],
                  descriptors: Tuple[int, int, int]) -> int:
@@ -2026,7 +2026,10 @@ def _posix_spawn(environment: Dict[bytes, bytes]) -> Start:
 
 
 def find_program(name: str) -> Optional[str]:
-    """The path of a program, None where there is none that can be executed."""
+    """The path of a program, None where there is none that can be executed.
+
+    As shutil.which has it, whose import would cost inetd users some milliseconds.
+    """
     places = [""] if "/" in name else os.environ.get("PATH", os.defpath).split(os.pathsep)
     for path in (os.path.join(place, name) for place in places):
         if os.path.isfile(path) and os.access(path, os.X_OK):

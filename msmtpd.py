@@ -2733,29 +2733,19 @@ def _find_password(user: str, command: str, inetd: bool) -> str:
     """The password of --auth, looked up once. Raises StartError saying what was tried."""
     if command:
         return _evaluate(command, inetd)
+    looks = [_ask_secret_tool, _ask_keyring]
+    if sys.platform == "darwin":
+        looks.append(_ask_keychain)
+    if not inetd:
+        looks.append(_ask_terminal)
     tried = []
-    for look in (_ask_secret_tool, _ask_keyring, _ask_keychain):
+    for look in looks:
         password, why_not = look(user)
         if password:
             return password
-        if why_not:
-            tried.append(why_not)
+        tried.append(why_not)
     if inetd:
         tried.append("no prompt under inetd")
-    else:
-        try:
-            os.close(os.open("/dev/tty", os.O_RDWR))
-        except OSError:
-            tried.append("no terminal to ask on")
-        else:
-            import getpass
-            try:
-                password = getpass.getpass("Password of %s: " % user)
-            except EOFError:
-                password = ""
-            if password:
-                return password
-            tried.append("none was typed")
     raise StartError("no password for %s: %s; store one with \"secret-tool store --label=msmtpd "
                      "host localhost service smtp user %s\", or give a command that prints it: "
                      "--auth=%s,COMMAND" % (user, ", ".join(tried), user, user))
@@ -2805,8 +2795,6 @@ def _ask_secret_tool(user: str) -> Tuple[str, str]:
 
 
 def _ask_keychain(user: str) -> Tuple[str, str]:
-    if sys.platform != "darwin":
-        return "", ""
     return _run_lookup("security", "find-internet-password", "-s", "localhost", "-r", "smtp",
                        "-a", user, "-w")
 
@@ -2819,6 +2807,18 @@ def _ask_keyring(user: str) -> Tuple[str, str]:
         return "", "no Python package keyring"
     except Exception as error:      # each of its back ends has its own
         return "", "keyring: %s" % _shown(_why(error))
+
+
+def _ask_terminal(user: str) -> Tuple[str, str]:
+    try:
+        os.close(os.open("/dev/tty", os.O_RDWR))
+    except OSError:     # where getpass would ask on standard input
+        return "", "no terminal to ask on"
+    import getpass
+    try:
+        return getpass.getpass("Password of %s: " % user), "none was typed"
+    except EOFError:
+        return "", "none was typed"
 
 
 def _tls_context(certificate: str, key: Optional[str]) -> ssl.SSLContext:

@@ -2427,20 +2427,14 @@ def _listen(hosts: Sequence[str], port: int) -> List[socket.socket]:
                                           flags=socket.AI_NUMERICHOST | socket.AI_PASSIVE)[0]
             except (socket.gaierror, UnicodeError):
                 raise OSError("%r is not an IP address, such as 127.0.0.1" % host) from None
-            listener = opened.enter_context(socket.socket(info[0], socket.SOCK_STREAM))
-            if os.name == "posix":
-                listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            if info[0] == socket.AF_INET6:
-                # :: is for IPv4 too, where no other of the sockets is.
-                alone = host != "::" or any(":" not in other for other in hosts)
-                try:
-                    listener.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, alone)
-                except OSError:         # OpenBSD has none for both
-                    hosts.append("0.0.0.0")
-            listener.bind(info[4])
-            listener.listen(LISTEN_QUEUE)
-            port = listener.getsockname()[1]
-            listeners.append(listener)
+            # :: is for IPv4 too, where no other of the sockets is.
+            both = host == "::" and all(":" in other for other in hosts)
+            if both and not socket.has_dualstack_ipv6():        # as on OpenBSD
+                both = False
+                hosts.append("0.0.0.0")
+            listeners.append(opened.enter_context(socket.create_server(
+                info[4], family=info[0], backlog=LISTEN_QUEUE, dualstack_ipv6=both)))
+            port = listeners[-1].getsockname()[1]
         opened.pop_all()
     return listeners
 
@@ -2927,13 +2921,13 @@ def _start_server(server: Server, options: types.SimpleNamespace) -> None:
     try:
         server.start()
     except (OSError, RuntimeError, MemoryError) as error:
+        number = getattr(error, "errno", None) or 0
         hints = {errno.EADDRINUSE: "; end the program that has it, or try another --port",
                  errno.EADDRNOTAVAIL: "; this machine has no such address",
                  errno.EACCES: "; ports below 1024 are for root: try --port=2500"}
         raise StartError("cannot listen on %s port %d: %s%s" % (
             ", ".join(options.interface or ["127.0.0.1"]), options.port,
-            getattr(error, "strerror", None) or _why(error),
-            hints.get(getattr(error, "errno", None) or 0, ""))) from None
+            os.strerror(number) if number else _why(error), hints.get(number, ""))) from None
 
 
 def _announce(server: Server, log: Log, options: types.SimpleNamespace, on_terminal: bool) -> None:

@@ -2888,7 +2888,7 @@ def _warn(log: Log, options: types.SimpleNamespace, text: str) -> None:
 def _run_inetd(options: types.SimpleNamespace, log: Log) -> int:
     """Serve one client on standard input and output."""
     server, command = _make_server(options, log, os.open(os.devnull, os.O_WRONLY))
-    _Stop(server, command, options.delivery_timeout + 3 * KILL_DELAY)
+    _Stop(server, command, options.delivery_timeout)
     return 0 if server.serve_descriptors() else 1
 
 
@@ -2897,7 +2897,7 @@ def _run_daemon(options: types.SimpleNamespace, log: Log) -> int:
     import gc
     notify = os.environ.pop("NOTIFY_SOCKET", "")
     server, command = _make_server(options, log, None)
-    stop = _Stop(server, command, options.delivery_timeout + 3 * KILL_DELAY)
+    stop = _Stop(server, command, options.delivery_timeout)
     _Reload(server, log, options)
     _start_server(server, options)
     if stop.asked:              # maybe before there was anything to stop
@@ -2953,8 +2953,10 @@ class _Stop:
     order, the second at once.
     """
 
-    def __init__(self, server: Server, command: Command, patience: float) -> None:
-        self._server, self._command, self._patience = server, command, patience
+    def __init__(self, server: Server, command: Command, delivery_timeout: float) -> None:
+        self._server, self._command = server, command
+        # A run takes its limit, and the delay twice where SIGKILL does not end it either.
+        self._patience = delivery_timeout + 3 * KILL_DELAY
         self.asked = False
         numbers = [signal.SIGTERM, signal.SIGINT]
         if os.isatty(2) and hasattr(signal, "SIGHUP"):      # the terminal is closed

@@ -2143,9 +2143,9 @@ class Server:
         if self._slots and self._slots.drain_until is None:
             raise RuntimeError("the server has been started already")
         with contextlib.ExitStack() as opened:
-            sockets = list(self._sockets) or _listen(self._hosts, self._port)
-            for listener in sockets:
-                opened.enter_context(listener)
+            sockets = []
+            for listener in self._sockets or _listen(self._hosts, self._port):
+                sockets.append(opened.enter_context(listener))
                 listener.setblocking(False)
                 # Its clients inherit this, or the last of two small replies might wait 40 ms.
                 try:
@@ -2414,29 +2414,25 @@ def _peer_behind(descriptor: int) -> Peer:
             return Peer(None, None)
 
 
-def _listen(hosts: Sequence[str], port: int) -> List[socket.socket]:
-    """Return sockets that listen on all of `hosts`; where `port` is 0, on one free port."""
-    import contextlib
+def _listen(hosts: Sequence[str], port: int) -> Iterator[socket.socket]:
+    """Yield sockets that listen on all of `hosts`; where `port` is 0, on one free port."""
     import socket
     hosts = list(hosts)
-    with contextlib.ExitStack() as opened:
-        listeners: List[socket.socket] = []
-        for host in hosts:
-            try:
-                info = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM,
-                                          flags=socket.AI_NUMERICHOST | socket.AI_PASSIVE)[0]
-            except (socket.gaierror, UnicodeError):
-                raise OSError("%r is not an IP address, such as 127.0.0.1" % host) from None
-            # :: is for IPv4 too, where no other of the sockets is.
-            both = host == "::" and all(":" in other for other in hosts)
-            if both and not socket.has_dualstack_ipv6():        # as on OpenBSD
-                both = False
-                hosts.append("0.0.0.0")
-            listeners.append(opened.enter_context(socket.create_server(
-                info[4], family=info[0], backlog=LISTEN_QUEUE, dualstack_ipv6=both)))
-            port = listeners[-1].getsockname()[1]
-        opened.pop_all()
-    return listeners
+    for host in hosts:
+        try:
+            info = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM,
+                                      flags=socket.AI_NUMERICHOST | socket.AI_PASSIVE)[0]
+        except (socket.gaierror, UnicodeError):
+            raise OSError("%r is not an IP address, such as 127.0.0.1" % host) from None
+        # :: is for IPv4 too, where no other of the sockets is.
+        both = host == "::" and all(":" in other for other in hosts)
+        if both and not socket.has_dualstack_ipv6():        # as on OpenBSD
+            both = False
+            hosts.append("0.0.0.0")
+        listener = socket.create_server(info[4], family=info[0], backlog=LISTEN_QUEUE,
+                                        dualstack_ipv6=both)
+        port = listener.getsockname()[1]
+        yield listener
 
 
 def _both(first: Check, second: Check) -> Check:

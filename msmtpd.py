@@ -551,11 +551,9 @@ def mail_date(when: float) -> str:
     t = time.localtime(when)
     days = ("Mon", "Tue", "Wed", "Thu", "Fri", "Sat", "Sun")
     months = ("Jan", "Feb", "Mar", "Apr", "May", "Jun", "Jul", "Aug", "Sep", "Oct", "Nov", "Dec")
-    minutes = (t.tm_gmtoff or 0) // 60
-    # strftime would follow the locale; email.utils is dear to import.
-    return "%s, %d %s %d %02d:%02d:%02d %s%02d%02d" % (
-        days[t.tm_wday], t.tm_mday, months[t.tm_mon - 1], t.tm_year, t.tm_hour, t.tm_min, t.tm_sec,
-        "-" if minutes < 0 else "+", abs(minutes) // 60, abs(minutes) % 60)
+    # The names would follow the locale; email.utils, which has them, is dear to import.
+    return "%s, %d %s %s" % (days[t.tm_wday], t.tm_mday, months[t.tm_mon - 1],
+                             time.strftime("%Y %H:%M:%S %z", t))
 
 
 class Transparency:
@@ -1765,19 +1763,18 @@ class _Run:
         self._pause = SHORT_PAUSE           # between looks at a process that cannot be polled
         self._stderr: Optional[int] = None  # these two are descriptors
         self._pidfd: Optional[int] = None
+        stdin = _open_input(mail)
         try:
-            stdin = _open_input(mail)
+            self._stderr, stderr = os.pipe()
             try:
-                self._stderr, stderr = os.pipe()
-                try:
-                    self._pid = start(program, arguments, (stdin, stdout, stderr))
-                finally:
-                    os.close(stderr)
+                self._pid = start(program, arguments, (stdin, stdout, stderr))
             finally:
-                os.close(stdin)
+                os.close(stderr)
         except BaseException:
             self._close()
             raise
+        finally:
+            os.close(stdin)
         # Linux with Python 3.9, where it is not forbidden; elsewhere the process is looked at.
         try:
             self._pidfd = os.pidfd_open(self._pid)

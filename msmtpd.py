@@ -1174,14 +1174,18 @@ class Session:
         self._require(self._extended, "Say EHLO first")
         self._require(self.user is None, "Authenticated already")
         self._require(self.mail is None, "Not in a transaction")
-        mechanism, _, response = argument.partition(" ")
-        if mechanism.upper() == "PLAIN":
-            user, password = self._ask_plain(response.strip(" "))
-        elif mechanism.upper() == "LOGIN":
-            user, password = self._ask_login(response.strip(" "))
-        else:
+        mechanism, _, initial = argument.partition(" ")
+        if mechanism.upper() not in ("PLAIN", "LOGIN"):
             raise Refused(Reply(504, "5.5.4", "Mechanisms are PLAIN and LOGIN"))
-        return self._authenticate(user, password)
+        is_login = mechanism.upper() == "LOGIN"
+        response = (self._response(initial.strip(" ")) if initial
+                    else self.ask(b"Username:" if is_login else b""))
+        if is_login:        # user and password apart; some clients compare the prompts
+            response = b"\0%b\0%b" % (response, self.ask(b"Password:"))
+        parsed = parse_plain(response)
+        if parsed is None:
+            raise Refused(Reply(501, "5.5.2", "Bad response"))
+        return self._authenticate(*parsed)
 
     def do_MAIL(self, argument: str) -> Optional[Reply]:
         """Begin a transaction: RFC 5321 4.1.1.2."""
@@ -1340,22 +1344,6 @@ class Session:
         self.helo, self._protocol, self.mail, self._extended = "", "", None, False
 
     # Authentication
-
-    def _ask_plain(self, response: str) -> Tuple[str, str]:
-        """User and password by the mechanism PLAIN: RFC 4616."""
-        parsed = parse_plain(self._response(response) if response else self.ask(b""))
-        if parsed is None:
-            raise Refused(Reply(501, "5.5.2", "Bad response"))
-        return parsed
-
-    def _ask_login(self, response: str) -> Tuple[str, str]:
-        """User and password by the mechanism LOGIN, whose prompts some clients compare."""
-        user = self._response(response) if response else self.ask(b"Username:")
-        password = self.ask(b"Password:")
-        try:
-            return user.decode(), password.decode()
-        except UnicodeDecodeError:
-            raise Refused(Reply(501, "5.5.2", "Not UTF-8")) from None
 
     def ask(self, challenge: bytes) -> bytes:
         """Send a challenge of AUTH and return the client's response, both without their base64.

@@ -2940,7 +2940,7 @@ class _Stop:
         self._patience = delivery_timeout + 3 * KILL_DELAY
         self.asked = False
         numbers = [signal.SIGTERM, signal.SIGINT]
-        if os.isatty(2) and hasattr(signal, "SIGHUP"):      # the terminal is closed
+        if os.isatty(2):        # where SIGHUP is the end of the terminal
             numbers.append(signal.SIGHUP)
         for number in numbers:
             signal.signal(number, self)
@@ -2964,7 +2964,7 @@ class _Reload:
     def __init__(self, server: Server, log: Log, options: types.SimpleNamespace) -> None:
         self._server, self._log, self._options = server, log, options
         self._asked = self._busy = False
-        if hasattr(signal, "SIGHUP") and not os.isatty(2):      # or else it ends the server
+        if not os.isatty(2):        # or else it ends the server
             signal.signal(signal.SIGHUP, self)
 
     def __call__(self, number: int, frame: object) -> None:

@@ -2110,7 +2110,7 @@ class Server:
         self._settings = self._settings._replace(tls=context)
 
     def __enter__(self) -> Server:
-        if not self._slots:
+        if not self._slots or self._slots.drain_until is not None:
             self.start()
         return self
 

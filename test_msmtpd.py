@@ -2096,6 +2096,12 @@ class StoppingAServer(LibraryCase):
         for client in [self.client(server) for _ in range(3)]:
             self.assertEqual(client.line(), "220 localhost ESMTP msmtpd")
 
+    def test_inside_deliver_it_may_be_followed_by_a_block(self):
+        server = self.serve(lambda mail: server.stop())
+        self.assertEqual(self.sender(server).line(), "250 2.0.0 Delivered")
+        with server:
+            self.assertEqual(self.client(server).line(), "220 localhost ESMTP msmtpd")
+
     def test_one_that_was_left_behind_does_not_disturb_the_next_start(self):
         server = self.serve(self.stuck)
         self.sender(server)

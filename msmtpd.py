@@ -177,8 +177,8 @@ class _Failure(Exception):
         """The reply to give; `code`, `detail` (as "3.0") and `text` stand in for what it lacks."""
         if code // 100 != self.digit:
             code = 451
-        return Reply(self.code or code, self.enhanced or "%d.%s" % (self.digit, detail),
-                     str(self) or text)
+        text = str(self)[:MAX_REPLY_LINE] or text       # more of it would not be sent
+        return Reply(self.code or code, self.enhanced or "%d.%s" % (self.digit, detail), text)
 
 
 class TemporaryFailure(_Failure):
@@ -1940,7 +1940,7 @@ class _Starter:
                     setsigdef=signal.valid_signals(), file_actions=[
                         (os.POSIX_SPAWN_DUP2, descriptor, number)
                         for number, descriptor in enumerate(descriptors)])
-            except NotImplementedError:     # no setsid on this system
+            except (AttributeError, NotImplementedError):   # it is not there, or knows no setsid
                 pass
         return self._popen(program, arguments, descriptors)
 
@@ -2189,7 +2189,8 @@ class Server:
         if not self._slots:
             self.start()
         slots = self._slots
-        assert slots
+        if not slots:       # stopped since
+            return
         self._forever = True
         try:
             watch = _Watch((slots.descriptor,))
@@ -2399,25 +2400,35 @@ def _peer_behind(descriptor: int) -> Peer:
             return Peer(None, None)
 
 
-def _listen(hosts: Sequence[str], port: int) -> Iterator[socket.socket]:
-    """Yield sockets that listen on all of `hosts`; where `port` is 0, on one free port."""
+def _listen(hosts: Sequence[str], wanted: int) -> List[socket.socket]:
+    """Return sockets that listen on all of `hosts`; where no port is wanted, on one free on each.
+    """
+    import contextlib
     import socket
-    hosts = list(hosts)
-    for host in hosts:
-        try:
-            info = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM,
-                                      flags=socket.AI_NUMERICHOST | socket.AI_PASSIVE)[0]
-        except (socket.gaierror, UnicodeError):
-            raise OSError("%r is not an IP address, such as 127.0.0.1" % host) from None
-        # :: is for IPv4 too, where no other of the sockets is.
-        both = host == "::" and all(":" in other for other in hosts)
-        if both and not socket.has_dualstack_ipv6():        # as on OpenBSD
-            both = False
-            hosts.append("0.0.0.0")
-        listener = socket.create_server(info[4], family=info[0], backlog=LISTEN_QUEUE,
-                                        dualstack_ipv6=both)
-        port = listener.getsockname()[1]
-        yield listener
+    hosts, port = list(hosts), wanted
+    listeners: List[socket.socket] = []
+    with contextlib.ExitStack() as opened:
+        for host in hosts:
+            try:
+                info = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM,
+                                          flags=socket.AI_NUMERICHOST | socket.AI_PASSIVE)[0]
+            except (socket.gaierror, UnicodeError):
+                raise OSError("%r is not an IP address, such as 127.0.0.1" % host) from None
+            # :: is for IPv4 too, where no other of the sockets is.
+            both = host == "::" and all(":" in other for other in hosts)
+            if both and not socket.has_dualstack_ipv6():        # as on OpenBSD
+                both = False
+                hosts.append("0.0.0.0")
+            try:
+                listeners.append(opened.enter_context(socket.create_server(
+                    info[4], family=info[0], backlog=LISTEN_QUEUE, dualstack_ipv6=both)))
+            except OSError as error:
+                if wanted or not listeners or error.errno != errno.EADDRINUSE:
+                    raise
+                return _listen(hosts, 0)    # it is another port, as long as these are open
+            port = listeners[-1].getsockname()[1]
+        opened.pop_all()
+    return listeners
 
 
 def _both(first: Check, second: Check) -> Check:
@@ -2502,7 +2513,7 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
         if mistakes:
             raise StartError(mistakes[0] + "; see --help")
         return (_run_inetd if options.inetd else _run_daemon)(options, log)
-    except (StartError, OSError, KeyboardInterrupt, EOFError) as error:
+    except (StartError, OSError, ImportError, KeyboardInterrupt, EOFError) as error:
         text = " ".join(str(error).split()) or "interrupted before the start"
         _report(log, ERROR, "%s", text)
         if options.inetd:

@@ -1190,7 +1190,11 @@ class Delivery(ProgramCase):
         self.assertTrue(is_running(pid))
         os.kill(pid, signal.SIGKILL)
         wait_for(lambda: not is_running(pid), "its end")
-        command(msmtpd.Mail("a@b", ["c@d"], b"y\n"))       # which reaps it
+
+        def is_reaped():        # by the next mail, where all of its threads have ended, too
+            command(msmtpd.Mail("a@b", ["c@d"], b"y\n"))
+            return not command._left
+        wait_for(is_reaped, "it to be reaped")
         self.assertRaises(ChildProcessError, os.waitpid, pid, os.WNOHANG)
 
     def test_children_left_behind_hold_nothing_up(self):
@@ -1814,6 +1818,22 @@ class StartingAServer(LibraryCase):
                         self.assertEqual(client.do("NOOP"), "220 localhost ESMTP msmtpd")
                 server.stop()
 
+    def test_a_port_that_only_the_first_host_has_free_is_not_taken(self):
+        real, ports = socket.create_server, []
+
+        def create_server(address, **options):
+            if len(ports) == 1:
+                ports.append(address[1])
+                raise OSError(errno.EADDRINUSE, "taken")
+            listener = real(address, **options)
+            ports.append(listener.getsockname()[1])
+            return listener
+        with mock.patch.object(socket, "create_server", create_server):
+            server = self.serve(host=("127.0.0.1", "::1"))
+        self.assertEqual(ports[1], ports[0])
+        self.assertNotEqual(ports[2], ports[0])
+        self.assertEqual([peer.port for peer in server.addresses], ports[2:])
+
     def test_what_cannot_be_bound_is_an_error_at_once(self):
         with socket.create_server(("127.0.0.1", 0)) as taken:
             port, descriptors = taken.getsockname()[1], open_descriptors()
@@ -2133,6 +2153,13 @@ class StoppingAServer(LibraryCase):
                 server.stop()
                 serving.join(PATIENCE)
                 self.assertEqual((serving.is_alive(), stopping), (False, [1]))
+
+    def test_serve_forever_returns_where_a_stop_was_as_quick(self):
+        class StoppedAtOnce(msmtpd.Server):
+            def start(self):
+                super().start()
+                self.stop()
+        StoppedAtOnce(print).serve_forever()
 
     def test_a_signal_handler_may_begin_it(self):
         server = self.serve()
@@ -4277,6 +4304,7 @@ class Services(PeerCase):
 
     def test_start_stop_daemon(self):
         tool = self.need("start-stop-daemon")
+        self.need("python3")        # which the program's first line names
         pidfile = os.path.join(self.folder, "pid")
         # What is still there after a failure must not outlive the test.
         self.addCleanup(self.peer, tool, "--stop", "--oknodo", "--pidfile", pidfile,

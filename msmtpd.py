@@ -819,7 +819,7 @@ class Wire:
             if linger:
                 self._end_output()
                 while self._slots.drain_until is None:
-                    self._pull(deadline)
+                    self._pull(deadline, idle=True)
         except (Gone, Silent, Stopping, OSError):
             pass
 
@@ -834,7 +834,7 @@ class Wire:
         while True:
             try:
                 data = self._receive(size)
-            except (BlockingIOError, InterruptedError):
+            except BlockingIOError:
                 self._wait(True, deadline, idle)
                 continue
             except OSError as error:
@@ -851,7 +851,7 @@ class Wire:
         while data and not self._unheard:
             try:
                 data = data[self._send(data):]
-            except (BlockingIOError, InterruptedError):
+            except BlockingIOError:
                 self._wait(False, deadline)
             except OSError:
                 self._unheard = True
@@ -1429,7 +1429,6 @@ class Session:
 
     def _deliver(self, mail: Mail) -> Reply:
         """Call `deliver`; return what its end means to the client."""
-        self._wire.flush()
         try:
             _refuse_result(self._settings.deliver(mail))
             return Reply(250, "2.0.0", "Delivered")
@@ -2673,15 +2672,6 @@ def _open_log(target: str, debug: bool) -> Log:
             record.level = "error" if record.levelno >= logging.ERROR else "info"
             return super().format(record).encode("utf-8", "backslashreplace").decode()
 
-    class File(logging.handlers.WatchedFileHandler):
-        """Reopened when it was rotated; where its folder is gone, lines are lost, and no more."""
-
-        def emit(self, record: logging.LogRecord) -> None:
-            try:
-                super().emit(record)
-            except OSError:
-                self.handleError(record)
-
     class Syslog(logging.Handler):
         """The syslog of the C library, which reconnects, and never fails."""
 
@@ -2701,8 +2691,9 @@ def _open_log(target: str, debug: bool) -> Log:
         handler.setFormatter(LowerCase("%(level)s: %(message)s"))
     else:
         try:
-            handler = (logging.StreamHandler(open(2, "w", encoding="utf-8", closefd=False))
-                       if target == "-" else File(target, encoding="utf-8"))
+            handler = (logging.handlers.WatchedFileHandler(target, encoding="utf-8")
+                       if target != "-" else
+                       logging.StreamHandler(open(2, "w", encoding="utf-8", closefd=False)))
         except OSError as error:
             raise StartError("cannot open the log %s: %s" % (target, error.strerror)) from None
         handler.setFormatter(LowerCase("%(asctime)s msmtpd[%(process)d] %(level)s: %(message)s",

@@ -218,20 +218,28 @@ class Spool:
         """Append `data`. Raises OSError where the disk, MemoryError where the memory is full."""
         size = self.size + len(data)
         if size > MAX_MEMORY and not self._on_disk:
-            self.to_disk()
+            self._move_to_disk()
         elif size > CHUNK and not self.has_descriptor:
-            try:
-                memory = os.memfd_create("msmtpd")
-            except (AttributeError, OSError):   # not Linux, or forbidden
-                pass
-            else:
-                self._move(open(memory, "w+b"))
+            self._move_to_memory()
         self._file.write(data)
         self._file.flush()      # now, not where nobody looks for an error any more
         self.size = size
 
-    def to_disk(self) -> None:
-        """Move the data to a file that has a descriptor. Raises OSError."""
+    def get_descriptor(self) -> None:
+        """Move the data, if need be, to where there is a descriptor for it. Raises OSError."""
+        if not (self.has_descriptor or self._move_to_memory()):
+            self._move_to_disk()
+
+    def _move_to_memory(self) -> bool:
+        """Move the data to memory that has a descriptor; return whether there is such."""
+        try:
+            memory = os.memfd_create("msmtpd")
+        except (AttributeError, OSError):   # not Linux, or forbidden
+            return False
+        self._move(open(memory, "w+b"))
+        return True
+
+    def _move_to_disk(self) -> None:
         import tempfile
         self._move(tempfile.TemporaryFile(prefix="msmtpd-"))
         self._on_disk = True
@@ -1877,7 +1885,10 @@ class _Run:
 
 
 def _open_input(mail: Mail) -> int:
-    """A descriptor for the command to read the mail from: a pipe where it holds all of it."""
+    """A descriptor for the command to read the mail from: a pipe where it holds all of it.
+
+    Raises TemporaryFailure where it does not, and there is no room for it elsewhere.
+    """
     if not mail.spool.has_descriptor:
         data = mail.data
         reader, writer = os.pipe()
@@ -1886,12 +1897,15 @@ def _open_input(mail: Mail) -> int:
                 os.set_blocking(writer, False)
             if os.write(writer, data) == len(data):
                 return reader
-        except BlockingIOError:
+        except OSError:     # BlockingIOError is one
             pass
         finally:
             os.close(writer)
         os.close(reader)
-        mail.spool.to_disk()
+    try:
+        mail.spool.get_descriptor()
+    except OSError as error:
+        raise TemporaryFailure("No room for the mail now", 452, "4.3.1", [_why(error)]) from None
     descriptor = mail.file.fileno()
     try:        # for reading only, and at a place of its own
         return os.open("/proc/self/fd/%d" % descriptor, os.O_RDONLY)
@@ -2238,7 +2252,7 @@ class _Listeners:
     def __init__(self, stop: int, sockets: Sequence[socket.socket], log: Log) -> None:
         import contextlib
         import threading
-        self._log = log
+        self._log, self._stop = log, stop
         self._pause = 0.0       # seconds since the last try, if that failed
         self._sockets = {listener.fileno(): listener for listener in sockets}
         self._watch = _Watch((stop, *self._sockets))
@@ -2261,7 +2275,7 @@ class _Listeners:
             try:
                 ready = dict(self._epoll.poll(None, 1)) if self._epoll else self._watch.wait(None)
                 for descriptor in ready:
-                    if descriptor in self._sockets:
+                    if descriptor in self._sockets and self._stop not in ready:
                         accepted = self._sockets[descriptor].accept()
                         self._pause = 0.0
                         return accepted
@@ -2399,7 +2413,7 @@ def _peer_behind(descriptor: int) -> Peer:
             return Peer(None, None)
 
 
-def _listen(hosts: Sequence[str], wanted: int) -> List[socket.socket]:
+def _listen(hosts: Sequence[str], wanted: int, tries: int = 8) -> List[socket.socket]:
     """Return sockets that listen on all of `hosts`; where no port is wanted, on one free on each.
     """
     import contextlib
@@ -2422,9 +2436,9 @@ def _listen(hosts: Sequence[str], wanted: int) -> List[socket.socket]:
                 listeners.append(opened.enter_context(socket.create_server(
                     info[4], family=info[0], backlog=LISTEN_QUEUE, dualstack_ipv6=both)))
             except OSError as error:
-                if wanted or not listeners or error.errno != errno.EADDRINUSE:
+                if wanted or not (listeners and tries) or error.errno != errno.EADDRINUSE:
                     raise
-                return _listen(hosts, 0)    # it is another port, as long as these are open
+                return _listen(hosts, 0, tries - 1)     # another port, while these are open
             port = listeners[-1].getsockname()[1]
         opened.pop_all()
     return listeners
@@ -2586,8 +2600,11 @@ def _read_option(word: str, words: Iterator[str]) -> Tuple[str, object]:
                          "needs quotes" % word)
     near = [name] if name in OPTIONS else [known for known in OPTIONS if known.startswith(name)]
     if len(near) != 1:
-        import difflib
-        near = near or difflib.get_close_matches(name, OPTIONS, 1, 0.5)
+        try:
+            import difflib
+            near = near or difflib.get_close_matches(name, OPTIONS, 1, 0.5)
+        except ImportError:     # Debian's python3-minimal has none
+            pass
         raise ValueError("unknown option --%s%s" % (
             name, "; did you mean --%s?" % " or --".join(near) if near else ""))
     name = near[0]
@@ -2796,6 +2813,8 @@ def _ask_terminal(user: str) -> Tuple[str, str]:
         return getpass.getpass("Password of %s: " % user), "none was typed"
     except EOFError:
         return "", "none was typed"
+    except UnicodeDecodeError:      # which would show some of it
+        return "", "what was typed is not UTF-8"
 
 
 def _tls_context(certificate: str, key: Optional[str]) -> ssl.SSLContext:

@@ -1312,7 +1312,7 @@ class Delivery(ProgramCase):
             if os.path.exists("/dev/full"):
                 with mock.patch.object(tempfile, "TemporaryFile",
                                        lambda prefix: open("/dev/full", "w+b")):
-                    self.assertEqual(self.run_command("cat", mail)[0].code, 451)
+                    self.assertEqual(self.run_command("cat", mail)[0].code, 452)
             self.assertEqual(self.run_command(self.capture, mail)[1], "exit=0")
             self.assertEqual(self.delivered()[-1][1], b"x" * 200000)
 

@@ -70,6 +70,19 @@ GLIBC = re.match(r"(\d+)\.(\d+)", dict([platform.libc_ver()]).get("glibc", ""))
 HAS_POSIX_SPAWN = bool(ctypes and GLIBC) and tuple(map(int, GLIBC.groups())) >= (2, 34)
 
 
+def has_ipv6():
+    """Whether this system can listen on ::1."""
+    try:
+        with socket.socket(socket.AF_INET6) as probe:
+            probe.bind(("::1", 0))
+    except (AttributeError, OSError):
+        return False
+    return True
+
+
+needs_ipv6 = unittest.skipUnless(has_ipv6(), "no IPv6")
+
+
 # What the tests share
 
 def wait_for(condition, what="the condition"):
@@ -82,6 +95,29 @@ def wait_for(condition, what="the condition"):
         if time.monotonic() > end:
             raise AssertionError("waited in vain for " + what)
         time.sleep(0.002)
+
+
+def session_waits(descriptors=2):
+    """Whether a session waits for its client: for that and a stop, or for the client alone."""
+    return any(frame.f_code.co_name == "wait" and frame.f_back.f_code.co_name == "_wait"
+               and len(frame.f_locals["self"]._readers) == descriptors
+               for frame in sys._current_frames().values())
+
+
+@contextlib.contextmanager
+def standard_error():
+    """Keep what this process writes to standard error; its text is in the list at the end."""
+    texts = []
+    with tempfile.TemporaryFile() as file:
+        before = os.dup(2)
+        os.dup2(file.fileno(), 2)
+        try:
+            yield texts
+        finally:
+            os.dup2(before, 2)
+            os.close(before)
+        file.seek(0)
+        texts.append(file.read().decode())
 
 
 class Client:
@@ -174,6 +210,11 @@ class ServerCase(unittest.TestCase):
             patcher = mock.patch.object(msmtpd, name, value)
             patcher.start()
             self.addCleanup(patcher.stop)
+
+    def freeze(self, seconds=0):
+        """Stop the server's clock for this test, after so many seconds have passed at once."""
+        now = msmtpd.time.monotonic() + seconds
+        self.patch(time=mock.Mock(wraps=time, monotonic=lambda: now))
 
     def check_dialogue(self, text, **options):
         """Hold a dialogue whole, byte by byte and in one piece; return the mails of each.
@@ -291,16 +332,21 @@ class ProgramCase(unittest.TestCase):
     @staticmethod
     def run_here(*arguments):
         """Run the program in this process to its refusal; return its status and stderr."""
-        with tempfile.TemporaryFile() as errors:
-            before = os.dup(2)
-            os.dup2(errors.fileno(), 2)
-            try:
+        def start(server):
+            real(server)
+            server.stop()
+            raise AssertionError("it serves")
+        real = msmtpd.Server.start
+        signals = [(number, signal.getsignal(number))
+                   for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)]
+        try:
+            with standard_error() as errors, mock.patch.multiple(
+                    msmtpd.Server, start=start, serve_descriptors=start):
                 status = msmtpd.main(arguments)
-            finally:
-                os.dup2(before, 2)
-                os.close(before)
-            errors.seek(0)
-            return status, errors.read().decode()
+        finally:
+            for each in signals:
+                signal.signal(*each)
+        return status, errors[0]
 
     def logged(self):
         """The text of the log."""
@@ -331,12 +377,12 @@ class ProgramCase(unittest.TestCase):
 
 
 def status_of(pid):
-    """What the kernel says of a process; as if no signal were pending where it says nothing."""
+    """What the kernel says of a process; as if it slept, no signal pending, where it is silent."""
     try:
         with open("/proc/%d/status" % pid, encoding="ascii") as file:
             return file.read()
     except OSError:
-        return "SigPnd:\t0000000000000000"
+        return "State:\tS\nSigPnd:\t0000000000000000"
 
 
 def without_trace(data):
@@ -366,7 +412,9 @@ class Paths(unittest.TestCase):
         ('FROM:<"a b"@example.org> SIZE=1', '"a b"@example.org', "SIZE=1"),
         (r'FROM:<"a\"> b"@example.org>', r'"a\"> b"@example.org', ""),
         ("FROM:<.a..b.@example.org>", ".a..b.@example.org", ""),
+        (r'FROM:<"a\ \"\\"@c>', r'"a\ \"\\"@c', ""),
         ("FROM:<a@my_host>", "a@my_host", ""),
+        ("FROM:<a@xn--bcher-kva.example>", "a@xn--bcher-kva.example", ""),
         ("FROM:<o'brien+tag@example.org>", "o'brien+tag@example.org", ""),
         ("FROM:<!#$%&'*+/=?^_`{|}~-@example.org>", "!#$%&'*+/=?^_`{|}~-@example.org", ""),
         ("FROM:<\u00fc@\u00fc.example>", "\u00fc@\u00fc.example", ""),
@@ -380,6 +428,7 @@ class Paths(unittest.TestCase):
         "FROM:<a@[IPv6:xyz]>", "FROM:<a@[]>", 'FROM:<"a@b>', 'FROM:<"a"b@c>', "FROM:<a,b@c>",
         "FROM:<a@b>SIZE=1", "FROM:<a(comment)@b>", "FROM:<a\\b@c>", "FROM:<a;b@c>",
         "FROM:<a\u2028b@c>", "FROM:<a\xa0b@c>", "FROM:<a\u202eb@c>", "FROM:<<a@b>>",
+        'FROM:<"\x7f"@c>', 'FROM:<"\\\x7f"@c>', 'FROM:<"\\"@c>',
     )
 
     def test_valid_paths(self):
@@ -408,7 +457,8 @@ class Paths(unittest.TestCase):
     def test_inert(self):
         for address in ("a@example.org", "a.b_c+d/e=f:g%h,i-j@k", "\u00e9@\u00fc.example", ""):
             self.assertTrue(msmtpd.is_inert(address), address)
-        for character in " !\"#$&'()*;<>?[\\]^`{|}~\t\n\x7f\u00a0\u2028\u0301\u00d7":
+        for character in (" !\"#$&'()*;<>?[\\]^`{|}~\t\n\x7f\u00a0\u2028\u0301\u00d7"
+                          "\u00b2\u0663\u2163"):       # digits that are no letters
             self.assertFalse(msmtpd.is_inert("a%sb@example.org" % character), repr(character))
 
     def test_parameters(self):
@@ -474,6 +524,7 @@ class Replies(unittest.TestCase):
                 (msmtpd.Reply(250, "", "a", "b"), b"250-a\r\n250 b\r\n"),
                 (msmtpd.Reply(554, "5.3.0", "a", "b"), b"554-5.3.0 a\r\n554 5.3.0 b\r\n"),
                 (msmtpd.Reply(334, "", ""), b"334 \r\n"),
+                (msmtpd.Reply(250, "", "a-b", "c-d-e"), b"250-a-b\r\n250 c-d-e\r\n"),
                 (msmtpd.Reply(451, "4.3.0", "a\r\nb\0\u00fc\t"), b"451 4.3.0 a  b?? \r\n")):
             self.assertEqual(bytes(reply), expected)
 
@@ -613,6 +664,12 @@ class Dialogues(ServerCase):
             S: 500 5.5.1
             C: MAILFROM:<a@b>
             S: 500 5.5.1
+            C: ma\\xc4\\xb1l FROM:<a@b>
+            S: 500 5.5.1
+            C: r\\xc5\\xbfet
+            S: 500 5.5.1
+            C: Content-Type: text/plain
+            S: 500 5.5.1
             C: MAIL
             S: 501 5.5.2
             C: MAIL FROM
@@ -637,6 +694,10 @@ class Dialogues(ServerCase):
             S: 555 5.5.4
             C: MAIL FROM:<a@b> SIZE=67108865
             S: 552 5.3.4
+            C: MAIL FROM:<a@b> SIZE=99999999999999999999
+            S: 552 5.3.4
+            C: MAIL FROM:<a@b> SIZE=999999999999999999999
+            S: 501 5.5.4
             C: MAIL FROM:<a@b> SIZE=67108864 BODY=8bitmime AUTH=<> RET=HDRS ENVID=x
             S: 250
             C: RCPT FROM:<a@b>
@@ -654,6 +715,10 @@ class Dialogues(ServerCase):
             C: NO\\x00OP
             S: 500 5.5.2
             C: NOOP \\x1b[2J
+            S: 500 5.5.2
+            C: NOOP \\x7f
+            S: 500 5.5.2
+            C: MAIL FROM:<a\\x7f@b>
             S: 500 5.5.2
             C: NOOP a\\rQUIT
             S: 500 5.5.2
@@ -752,10 +817,26 @@ S: 221""" % (noop, noop, unknown, "x" * 65534))
             self.assertTrue(client.rest().endswith("250 2.0.0 Delivered\r\n"))
         self.assertEqual([mail.data for mail in self.mails], [b"x\n"])
 
+    def test_a_farewell_is_heard_by_one_who_talks_on(self):
+        """Its output has ended, but it is not closed: that would be a reset."""
+        failure = mock.Mock(side_effect=msmtpd.TemporaryFailure("bye", 421), spec=())
+        mail = "MAIL FROM:<a@b>\r\nRCPT TO:<c@d>\r\nDATA\r\nx\r\n.\r\n"
+        server = self.serve(failure)
+        self.freeze()       # so that it stays for as long as the client does
+        for said in mail, "FROB\r\n" * 10, "GET /\r\n", mail * 1000:
+            with self.subTest(said[:10]), Client(server) as client:
+                client.open()
+                client.send(said)
+                self.assertEqual(client.rest().splitlines()[-1][:4], "421 ")
+                for _ in range(3):
+                    client.send("x")
+
     def test_http_is_shut_out(self):
         mail = b"\r\n\r\nEHLO x\r\nMAIL FROM:<a@b>\r\nRCPT TO:<c@d>\r\nDATA\r\nx\r\n.\r\n"
-        for first in (b"POST / HTTP/1.1\r\nHost: x", b"GET /", b"put /x HTTP/1.1", b"Host: x",
-                      b"FROBNICATE / HTTP/1.1", b"CONNECT a:1 HTTP/1.1", b"OPTIONS * HTTP/1.0",
+        for first in (b"POST / HTTP/1.1\r\nHost: x", b"put /x", b"Host: x", b"Content-Type: a/b",
+                      *(name + b" /" for name in b"CONNECT DELETE GET HEAD OPTIONS PATCH POST PRI "
+                        b"PROPFIND PUT TRACE".split()), b"FROBNICATE / HTTP/1.1",
+                      b"FROBNICATE / HTTP/2", b"CONNECT a:1 HTTP/1.1", b"OPTIONS * HTTP/1.0",
                       b"POST /" + b"x" * 3000 + b" HTTP/1.1", b"POST /" + b"x" * 20000,
                       b"EHLO x\r\nPOST / HTTP/1.1"):
             with self.subTest(first[:30]), Client(self.serve()) as client:
@@ -774,6 +855,17 @@ S: 221""" % (noop, noop, unknown, "x" * 65534))
 class Limits(ServerCase):
     """RFC 5321 4.5.3.1, and one's own."""
 
+    def test_are_those_of_the_manual(self):
+        for name, value in (
+                ("MAX_SIZE", 64 << 20), ("MAX_MEMORY", 1 << 20), ("MAX_SESSIONS", 16),
+                ("MAX_RECIPIENTS", 1000), ("MAX_RECIPIENT_BYTES", 256 << 10), ("MAX_LINE", 2048),
+                ("MAX_AUTH_LINE", 12288), ("MAX_ENDLESS_LINE", 65536), ("MAX_ERRORS", 10),
+                ("MAX_AUTH_FAILURES", 3), ("MAX_REPLY_LINE", 512), ("MAX_ERROR_OUTPUT", 4096),
+                ("MAX_ERROR_TEXT", 300), ("MAX_LOGGED", 200), ("TIMEOUT", 300),
+                ("FULL_TIMEOUT", 10), ("MIN_RATE", 500), ("DELIVERY_TIMEOUT", 540),
+                ("KILL_DELAY", 5), ("AUTH_DELAY", 1), ("AUTH_MEMORY", 60), ("GRACE", 30)):
+            self.assertEqual(getattr(msmtpd, name), value, name)
+
     def test_recipients(self):
         self.patch(MAX_RECIPIENTS=3)
         with Client(self.serve()) as client:
@@ -785,19 +877,23 @@ class Limits(ServerCase):
     def test_bytes_of_recipients(self):
         self.patch(MAX_RECIPIENT_BYTES=10)
         with Client(self.serve()) as client:
-            client.open("MAIL FROM:<a@b>", "RCPT TO:<1234567@d>")
-            self.assertEqual(client.do("RCPT TO:<c@d>")[:9], "452 4.5.3")
-            self.assertEqual(client.do("RCPT TO:<c>")[:3], "250")
+            client.open("MAIL FROM:<a@b> SMTPUTF8")
+            for recipient, code in (("\u00fc\u00fc\u00fc\u00fc\u00fc@d", "452"), ("1234567@d", "250"),
+                                    ("c@d", "452"), ("c", "250")):
+                self.assertEqual(client.do("RCPT TO:<%s>" % recipient)[:3], code)
+            # That of a transaction that was given up, with some room left, does not count.
+            client.do("RSET", "MAIL FROM:<a@b>", "RCPT TO:<1234567@d>")
             self.assertEqual(client.do("RSET", "MAIL FROM:<a@b>", "RCPT TO:<123456@d>")[:3], "250")
 
     def test_size(self):
-        with Client(self.serve(max_size=1000)) as client:
-            client.open("MAIL FROM:<a@b>", "RCPT TO:<c@d>", "DATA")
-            for size, code in ((1000, "250 2.0.0"), (1001, "552 5.3.4"), (300000, "552 5.3.4"),
-                               (1000, "250 2.0.0")):
-                self.assertEqual(client.do("x" * (size - 2) + "\r\n.")[:9], code)
-                client.do("MAIL FROM:<a@b>", "RCPT TO:<c@d>", "DATA")
-        self.assertEqual([mail.size for mail in self.mails], [999, 999])
+        for received in False, True:
+            with Client(self.serve(max_size=1000, received=received)) as client:
+                client.open("MAIL FROM:<a@b>", "RCPT TO:<c@d>", "DATA")
+                for size, code in ((1000, "250 2.0.0"), (1001, "552 5.3.4"), (300000, "552 5.3.4"),
+                                   (1000, "250 2.0.0")):
+                    self.assertEqual(client.do("x" * (size - 2) + "\r\n.")[:9], code)
+                    client.do("MAIL FROM:<a@b>", "RCPT TO:<c@d>", "DATA")
+            self.assertEqual([len(without_trace(mail.data)) for mail in self.mails], [999, 999])
 
     def test_no_size(self):
         with Client(self.serve(max_size=0)) as client:
@@ -812,10 +908,11 @@ class Limits(ServerCase):
             with self.subTest(begin), Client(server) as client:
                 client.send(begin)
                 self.assertEqual(client.rest().splitlines()[-1][:9], "421 4.4.2")
-        with self.subTest("mail data"), Client(server) as client:
-            client.open("MAIL FROM:<a@b>", "RCPT TO:<c@d>", "DATA")
-            client.send("x\r\n")
-            self.assertEqual(client.rest()[:9], "421 4.4.2")
+        for size in 0, 200000:      # a lot of it earns nobody a longer silence
+            with self.subTest("mail data", size=size), Client(server) as client:
+                client.open("MAIL FROM:<a@b>", "RCPT TO:<c@d>", "DATA")
+                client.send("x\r\n" + "x" * size)
+                self.assertEqual(client.rest()[:9], "421 4.4.2")
         self.assertEqual(self.mails, [])
 
     def test_slow_clients(self):
@@ -919,6 +1016,13 @@ class MailData(ServerCase):
             self.assertEqual(client.line(), "250 2.0.0 Delivered")
             self.assertEqual([mail.data for mail in self.mails], [b"\nNOOP\n"])
 
+    def test_a_line_that_was_too_long_is_one_of_them(self):
+        with Client(self.serve()) as client:
+            client.send("EHLO x\n" + "x" * 20000 + "\r\nMAIL FROM:<a@b>\nRCPT TO:<c@d>\nDATA\n"
+                        "one\n.\nNOOP\n\r\n.\r\nQUIT\n")
+            client.rest()
+            self.assertEqual([mail.data for mail in self.mails], [b"one\n\nNOOP\n\n"])
+
     def test_bare_lf_session(self):
         for data, expected in (("x\r\n.\r\n", b"x\n"), ("x\r\n.\n", b"x\n"), (".\n", b""),
                                ("\n.\n", b"\n"), ("..\n.\n", b".\n"), ("x\n.y\n.\n", b"x\ny\n"),
@@ -967,6 +1071,45 @@ class MailData(ServerCase):
             self.assertEqual(self.send(client, 2000 * line + b".\r\n")[0][:9], "452 4.3.1")
             self.assertEqual(self.send(client, 1000 * line + b".\r\n")[0][:9], "250 2.0.0")
         self.assertEqual([mail.size for mail in self.mails], [999000])
+
+    @unittest.skipUnless(os.path.exists("/dev/full"), "no /dev/full")
+    def test_a_full_disk_is_noticed_at_once(self):
+        self.patch(MAX_MEMORY=10)
+        with mock.patch.object(tempfile, "TemporaryFile", lambda **_: open("/dev/full", "w+b")), \
+                self.assertLogs("msmtpd", "ERROR") as logs, Client(self.serve()) as client:
+            client.open()
+            self.assertEqual(self.send(client, b"x" * 100 + b"\r\n.\r\n")[0][:9], "452 4.3.1")
+        self.assertIn("cannot spool", logs.output[0])
+        self.assertEqual(self.mails, [])
+
+    def test_no_memory_for_the_mail(self):
+        real, failing = msmtpd.Spool.write, [MemoryError]
+
+        def write(spool, data):
+            if data and failing:
+                raise failing.pop()
+            real(spool, data)
+        with mock.patch.object(msmtpd.Spool, "write", write), \
+                self.assertLogs("msmtpd", "ERROR") as logs, Client(self.serve()) as client:
+            client.open()
+            self.assertEqual(self.send(client, b"x\r\n.\r\n")[0][:9], "452 4.3.1")
+            self.assertEqual(self.send(client, b"y\r\n.\r\n")[0][:9], "250 2.0.0")
+        self.assertIn("cannot spool: MemoryError", logs.output[0])
+        self.assertEqual([mail.data for mail in self.mails], [b"y\n"])
+
+    def test_what_is_not_to_be_delivered_gives_its_room_back_at_once(self):
+        spools, real = [], msmtpd.Spool.__init__
+
+        def init(spool):
+            spools.append(spool)
+            real(spool)
+        for options, body in ({"max_size": 1000}, b"x" * 300000), ({}, b"x" * 3000000):
+            with mock.patch.object(msmtpd.Spool, "__init__", init), self.subTest(options), \
+                    mock.patch.object(tempfile, "tempdir", "/nonexistent"), \
+                    Client(self.serve(**options)) as client:
+                client.open("MAIL FROM:<a@b>", "RCPT TO:<c@d>", "DATA")
+                client.send(body)
+                wait_for(lambda: spools[-1]._file.closed, "the data to be dropped")
 
 
 # Delivery

@@ -1152,13 +1152,20 @@ class AddressRule(unittest.TestCase):
                     with self.assertRaises(msmtpd.PermanentFailure, msg=address):
                         command.check(address)
 
-    def test_no_command_takes_a_leading_hyphen(self):
-        with self.assertRaises(msmtpd.PermanentFailure):
-            msmtpd.Command("cat --").check("-oQ/tmp@c.example")
+    def test_no_command_takes_what_it_may_read_as_an_option_a_program_or_a_file(self):
+        command = msmtpd.Command("cat --")
+        for address in ("-oQ/tmp@c.example", "-x", "|x@b", "|x", "x|", '"a b"|', "+x", "/tmp/x",
+                        "a/b", '+x@y/"z"'):
+            with self.subTest(address), self.assertRaises(msmtpd.PermanentFailure):
+                command.check(address)
+        for address in ("+x@b", "a/b@c", "a|b@c", "/x@b", "root", ""):
+            with self.subTest(address):
+                command.check(address)
 
     def test_a_mail_made_by_hand_is_checked_too(self):
-        with self.assertRaises(msmtpd.PermanentFailure):
-            msmtpd.Command("cat; true")(msmtpd.Mail("a@b", ["$(touch x)@b"], b"x\n"))
+        for sender, recipient in ("a@b", "$(touch x)@b"), ("$(touch x)@b", "c@d"):
+            with self.assertRaises(msmtpd.PermanentFailure):
+                msmtpd.Command("cat %F; true")(msmtpd.Mail(sender, [recipient], b"x\n"))
 
     def test_commands_that_cannot_work(self):
         for text in ("", "  ", "cat\ncat", "cat;", "cat &", "cat | ", "cat >", "cat <", "cat &&",
@@ -1174,7 +1181,8 @@ class AddressRule(unittest.TestCase):
                 msmtpd.Command("cat", timeout=seconds)
 
     def test_commands_that_may_not_work(self):
-        for text, count in (("cat # %F", 1), ("cat %F #", 1), ("nosuchprogram %F", 1),
+        for text, count in (("cat # %F", 1), ("cat %F #", 1), ("true;#x %F", 1),
+                            ("cat <&0 # %F", 1), ("nosuchprogram %F", 1),
                             ("./nosuchprogram %F", 1), ("/dev/null %F", 1), ("/ %F", 1),
                             ("'/no/such' %F", 1), ('A=1 B=2 "nosuchprogram" %F', 1),
                             ("exec nosuchprogram %F", 1), ("A=1 exec cat %F", 0), ("'cat' %F", 0),
@@ -1198,6 +1206,16 @@ class Delivery(ProgramCase):
         except (msmtpd.TemporaryFailure, msmtpd.PermanentFailure) as error:
             return error, mail.outcome
         return None, mail.outcome
+
+    def run_in_a_thread(self, *arguments):
+        """The same for what might never end."""
+        results = []
+        thread = threading.Thread(
+            target=lambda: results.append(self.run_command(*arguments)), daemon=True)
+        thread.start()
+        thread.join(PATIENCE)
+        self.assertTrue(results, "it does not end")
+        return results[0]
 
     def test_arguments_and_input(self):
         body = b"x\0\xff\n" * 10
@@ -1233,6 +1251,11 @@ class Delivery(ProgramCase):
                     self.assertEqual(outcome, "exit=%d" % status)
 
     def test_signals(self):
+        for number in signal.SIGHUP, signal.SIGINT:     # which a shell may have us ignore
+            before = signal.getsignal(number)
+            if before is signal.SIG_IGN:        # so does, by some ways to start it, the command
+                signal.signal(number, signal.SIG_DFL)
+                self.addCleanup(signal.signal, number, before)
         for number in (signal.SIGHUP, signal.SIGINT, signal.SIGKILL, signal.SIGPIPE,
                        signal.SIGTERM, signal.SIGSEGV):
             script = self.script("die", "#!/bin/sh\nulimit -c 0; kill -%d $$\n" % number)
@@ -1249,6 +1272,15 @@ class Delivery(ProgramCase):
             with self.assertRaises(msmtpd.TemporaryFailure) as caught:
                 command(msmtpd.Mail("a@b", ["c@d"], b"x\n"))
             self.assertEqual((caught.exception.code, caught.exception.enhanced), (451, "4.3.5"))
+        folder = os.path.join(self.folder, "bin")
+        os.mkdir(folder)
+        command = msmtpd.Command(self.script("bin/plain", "#!/bin/sh\n"))
+        shutil.rmtree(folder)
+        self.script("bin", "")          # a folder on its way became a file
+        with self.assertRaises(msmtpd.TemporaryFailure) as caught:
+            command(msmtpd.Mail("a@b", ["c@d"], b"x\n"))
+        self.assertEqual((caught.exception.code, caught.exception.enhanced), (451, "4.3.5"))
+        os.remove(folder)
         self.assertEqual(self.run_command("nosuchprogram")[0].enhanced, "4.3.5")
 
     def test_a_script_without_an_interpreter_line_is_the_shells(self):
@@ -1268,6 +1300,18 @@ class Delivery(ProgramCase):
             mail = msmtpd.Mail("a@b", ["c@d"], os.urandom(size))
             self.assertEqual(self.run_command(self.capture, mail)[1], "exit=0")
             self.assertEqual(self.delivered()[-1][1], mail.data)
+
+    @unittest.skipUnless(hasattr(fcntl, "F_SETPIPE_SZ"), "no way to have a small pipe")
+    def test_mails_that_a_pipe_does_not_hold_arrive_whole(self):
+        def pipe():
+            reader, writer = real()
+            fcntl.fcntl(writer, fcntl.F_SETPIPE_SZ, 4096)
+            return reader, writer
+        real = os.pipe
+        mail = msmtpd.Mail("a@b", ["c@d"], os.urandom(60000))
+        with mock.patch.object(os, "pipe", pipe):
+            self.assertEqual(self.run_in_a_thread(self.capture, mail)[1], "exit=0")
+        self.assertEqual(self.delivered()[0][1], mail.data)
 
     def test_a_mail_that_was_looked_at_arrives_whole(self):
         for size in (100, 100000, 3000000):
@@ -1301,6 +1345,35 @@ class Delivery(ProgramCase):
                 with open(os.path.join(self.folder, "pid"), encoding="ascii") as file:
                     pid = int(file.read())
                 wait_for(lambda pid=pid: not is_running(pid), "the rest of the group to end")
+
+    def test_a_time_limit_of_years(self):
+        self.assertEqual(self.run_command("sleep 0.05; :", timeout=9e8)[1], "exit=0")
+
+    def test_an_interrupted_delivery_ends_its_command(self):
+        script = self.script("slow", "#!/bin/sh\necho $$ > %s/pid\nexec sleep 60\n" % self.folder)
+        path = os.path.join(self.folder, "pid")
+
+        def work(run, seconds):
+            wait_for(lambda: os.path.exists(path) and os.path.getsize(path), "the command")
+            raise KeyboardInterrupt
+        with mock.patch.object(msmtpd._Run, "_work", work), self.assertRaises(KeyboardInterrupt):
+            self.run_command(script)
+        with open(path, encoding="ascii") as file:
+            pid = int(file.read())
+        wait_for(lambda: not is_running(pid), "the command to end")
+
+    def test_one_that_was_reaped_gets_no_signal(self):
+        """Its number may be another's by now."""
+        runs, real = [], msmtpd._Run.finish
+
+        def finish(run, seconds):
+            runs.append(run)
+            real(run, seconds)
+        with mock.patch.object(msmtpd._Run, "finish", finish):
+            self.assertEqual(self.run_command("true")[1], "exit=0")
+        with mock.patch.object(os, "killpg") as killpg:
+            runs[0].kill(signal.SIGTERM)
+        killpg.assert_not_called()
 
     def test_all_that_a_shell_started_may_end_in_good_order(self):
         script = self.script("slow", "#!/bin/sh\ntrap 'sleep 0.5; touch %s/done; exit 0' TERM\n"
@@ -1347,6 +1420,8 @@ class Delivery(ProgramCase):
         self.assertLess(time.monotonic() - started, 30)
         with open(os.path.join(self.folder, "pid"), encoding="ascii") as file:
             os.kill(int(file.read()), signal.SIGKILL)
+        script = self.script("fork", "#!/bin/sh\nyes >&2 &\nsleep 0.1\nexit 1\n")
+        self.assertEqual(self.run_in_a_thread(script)[1], "exit=1")     # nor if they never pause
 
     @unittest.skipUnless(os.path.exists("/proc/self/status"), "no /proc")
     def test_what_it_inherits(self):
@@ -1397,8 +1472,14 @@ class Delivery(ProgramCase):
 
     @unittest.skipUnless(HAS_POSIX_SPAWN, "no glibc 2.34")
     def test_it_is_not_started_with_other_descriptors(self):
+        """And what glibc allocates for them is given back."""
+        destroyed = []
+
         class Glibc(ctypes.PyDLL):
             wrong = 0
+
+            def posix_spawn_file_actions_destroy(self, actions):
+                destroyed.append(actions)
 
             def posix_spawn_file_actions_adddup2(self, actions, old, new):
                 return errno.ENOMEM if new == self.wrong else 0
@@ -1410,7 +1491,7 @@ class Delivery(ProgramCase):
             with mock.patch.object(ctypes, "PyDLL", Glibc):
                 failure, _ = self.run_command(self.capture)
             self.assertEqual((failure.code, failure.enhanced), (451, "4.3.0"))
-        self.assertEqual(self.delivered(), [])
+        self.assertEqual((self.delivered(), len(destroyed)), ([], 3))
 
     def test_where_its_host_lacks_a_descriptor(self):
         script = ("import os, sys; sys.path.append(sys.argv[1]); import msmtpd\n"
@@ -1450,7 +1531,7 @@ class Delivery(ProgramCase):
         with mock.patch.object(os, "memfd_create", side_effect=OSError, create=True):
             self.repeat(self.test_mails_of_any_size_arrive_whole,
                         self.test_a_mail_that_was_looked_at_arrives_whole,
-                        self.test_no_descriptor_is_left_open)
+                        self.test_only_the_status_decides, self.test_no_descriptor_is_left_open)
             mail = msmtpd.Mail("a@b", ["c@d"], b"x" * 200000)
             if os.path.exists("/dev/full"):
                 with mock.patch.object(tempfile, "TemporaryFile",
@@ -1459,10 +1540,22 @@ class Delivery(ProgramCase):
             self.assertEqual(self.run_command(self.capture, mail)[1], "exit=0")
             self.assertEqual(self.delivered()[-1][1], b"x" * 200000)
 
+    def test_without_proc(self):
+        def open_(path, *arguments, **options):
+            if str(path).startswith("/proc/"):
+                raise FileNotFoundError(errno.ENOENT, "none", path)
+            return real(path, *arguments, **options)
+        real = os.open
+        with mock.patch.object(os, "open", open_):
+            self.repeat(self.test_mails_of_any_size_arrive_whole,
+                        self.test_a_mail_that_was_looked_at_arrives_whole)
+
     def test_without_posix_spawn(self):
-        with mock.patch.object(msmtpd, "_posix_spawn", side_effect=ImportError):
-            self.repeat_most()
-            self.repeat(self.test_what_it_inherits)
+        for error in AttributeError, OSError, MemoryError, ImportError:
+            with mock.patch.object(msmtpd, "_posix_spawn", side_effect=error), self.subTest(error):
+                self.repeat(self.test_what_it_inherits)
+                if error is ImportError:
+                    self.repeat_most()
 
     @unittest.skipUnless(hasattr(os, "posix_spawn"), "no posix_spawn")
     def test_alone(self):
@@ -1510,10 +1603,14 @@ class Delivery(ProgramCase):
         self.assertEqual(mail.outcome, "exit=lost")
 
     def test_no_descriptor_is_left_open(self):
+        gone = msmtpd.Command(self.script("gone", "#!/bin/sh\n"))
+        os.remove(os.path.join(self.folder, "gone"))
         before = open_descriptors()
-        for text in ("true", "false", "nosuchprogram", "cat >/dev/null; true"):
-            for size in (1, 100000, 2000000):
+        for size in (1, 100000, 2000000):
+            for text in ("true", "false", "nosuchprogram", "cat >/dev/null; true"):
                 self.run_command(text, msmtpd.Mail("a@b", ["c@d"], b"x" * size))
+            with self.assertRaises(msmtpd.TemporaryFailure):
+                gone(msmtpd.Mail("a@b", ["c@d"], b"x" * size))
         self.assertEqual(open_descriptors(), before)
 
 
@@ -1604,18 +1701,36 @@ class Authentication(ServerCase):
                        "235 2.7.0"),
                       ("AUTH LOGIN " + encoded("user"), "334 UGFzc3dvcmQ6", "*", "501 5.5.2"),
                       ("AUTH LOGIN =", "334 UGFzc3dvcmQ6", encoded("secret"), "535 5.7.8"),
+                      ("AUTH LOGIN  " + encoded("user"), "334 UGFzc3dvcmQ6", encoded("secret"),
+                       "235 2.7.0"), ("AUTH PLAIN  " + self.RIGHT, "235 2.7.0"),
+                      ("AUTH LOGIN /w==", "334 UGFzc3dvcmQ6", encoded("secret"), "501 5.5.2"),
+                      ("AUTH LOGIN " + encoded("user"), "334 UGFzc3dvcmQ6", "/w==", "501 5.5.2"),
                       ("AUTH LOGIN", "334 VXNlcm5hbWU6", "us", "501 5.5.2")):
             with self.subTest(lines), Client(self.serve()) as client:
                 client.open()
                 for sent, expected in zip(lines[::2], lines[1::2]):
                     self.assertEqual(client.do(sent)[:len(expected)], expected)
 
+    def test_responses_that_are_none(self):
+        self.patch(MAX_ERRORS=100)
+        with Client(self.serve()) as client:
+            client.open()
+            for response in (self.RIGHT[:5] + "!" + self.RIGHT[5:], self.RIGHT[:5] + " "
+                             + self.RIGHT[5:], self.RIGHT[:-1], "YW-_", encoded("user\0secret"),
+                             encoded("\0user\0secret\0x"),
+                             base64.b64encode(b"\0user\0\xff").decode()):
+                for lines in ["AUTH PLAIN " + response], ["AUTH PLAIN", response]:
+                    with self.subTest(lines):
+                        self.assertEqual(client.do(*lines)[:9], "501 5.5.2")
+            self.assertEqual(client.do("AUTH PLAIN " + self.RIGHT)[:3], "235")
+
     def test_any_authorization_identity_and_long_responses(self):
         long = "p" * 8000
         server = self.serve(authenticate=msmtpd.one_user("user", long))
-        for line in ("AUTH PLAIN " + encoded("someone\0user\0" + long), ):
+        for verb in "AUTH PLAIN ", "auth plain ":
             with Client(server) as client:
-                self.assertEqual(client.open(line)[:3], "235")
+                response = encoded("someone\0user\0" + long)
+                self.assertEqual(client.open(verb + response)[:3], "235")
         with Client(server) as client:
             self.assertEqual(client.open("AUTH PLAIN", encoded("\0user\0" + long))[:3], "235")
         with Client(server) as client:
@@ -1666,22 +1781,37 @@ class Authentication(ServerCase):
             self.assertTrue(check.verify("user", "secret"))
             self.assertEqual(len(delays), 3)
 
+    def test_every_answer_is_late_where_no_failure_can_be_remembered(self):
+        delays = []
+        ours, theirs = socket.socketpair()
+        with ours, theirs, mock.patch.object(time, "sleep", delays.append):
+            ours.sendall(("EHLO x\r\nAUTH PLAIN %s\r\nQUIT\r\n" % self.RIGHT).encode())
+            server = msmtpd.Server(print, authenticate=msmtpd.one_user("user", "secret"))
+            self.assertTrue(server.serve_descriptors(theirs.fileno(), theirs.fileno()))
+            self.assertIn(b"\r\n235 2.7.0", ours.recv(10000))
+        self.assertEqual(delays, [msmtpd.AUTH_DELAY])
+
     def test_only_the_right_pair(self):
         check = msmtpd.one_user("\u00fcser", "s\u00e9cret")
         self.assertTrue(check("\u00fcser", "s\u00e9cret"))
         for user, password in (("\u00fcser", ""), ("", "s\u00e9cret"), ("", ""), ("user", "secret"),
                                ("\u00fcser", "s\u00e9cret "), ("\u00fcser ", "s\u00e9cret")):
             self.assertFalse(check(user, password))
+        self.assertFalse(msmtpd.one_user("\udcff", "x")("user", "x"))
 
     def test_async_functions_are_no_deliver(self):
         async def deliver(mail):
             self.mails.append(mail)
-        with self.assertLogs("msmtpd", "ERROR") as logs, warnings.catch_warnings():
-            warnings.simplefilter("ignore")         # never awaited
+        with self.assertLogs("msmtpd", "ERROR") as logs, \
+                warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always", RuntimeWarning)     # never awaited
             with Client(super().serve(deliver)) as client:
                 client.open("MAIL FROM:<a@b>", "RCPT TO:<c@d>", "DATA")
                 self.assertEqual(client.do("x\r\n.")[:9], "451 4.3.0")
+            gc.collect()
         self.assertIn("not async ones", "".join(logs.output))
+        self.assertEqual([str(each.message) for each in caught
+                          if each.category is RuntimeWarning], [])
 
     def test_only_true_is_a_yes(self):
         async def later(user, password):

@@ -1882,34 +1882,56 @@ class Slots(ServerCase):
                 client.open("MAIL FROM:<a@b>", "RCPT TO:<c@d>", "DATA", "x\r\n.", "QUIT")
         self.assertIn(len(threads), (1, 2))
 
-    def test_accept_may_fail(self):
-        server = self.serve()
+    def serve_with_failures(self, **options):
+        """A server with one session, and a list of what its listener will raise."""
+        server, failures = self.serve(max_sessions=1, **options), []
         (number, real), = server._workers._listeners._sockets.items()
-        failures = [OSError(24, "Too many open files")] * 3
 
         class Listener:
-            """Fails three times, as a process without descriptors does."""
-
-            def fileno(self):
-                return real.fileno()
+            fileno, close = real.fileno, real.close
 
             def accept(self):
                 if failures:
                     raise failures.pop()
                 return real.accept()
+        server._workers._listeners._sockets[number] = Listener()
+        return server, failures
 
-            def close(self):
-                real.close()
-        with self.assertLogs("msmtpd", "ERROR") as logs:
-            with Client(server) as client:     # has woken the thread that polls
-                client.open()
-            server._workers._listeners._sockets[number] = Listener()
-            with Client(server) as client:
-                client.open()
+    def test_accept_may_fail(self):
+        """It is tried less and less often; each time that it begins to fail is logged once."""
+        server, failures = self.serve_with_failures()
+        delays = []
+        with mock.patch.object(time, "sleep", delays.append), \
+                self.assertLogs("msmtpd", "ERROR") as logs:
+            for number in 6, 2:
+                failures += [OSError(24, "Too many open files")] * number
+                with Client(server) as client:
+                    self.assertEqual(client.open("QUIT")[:3], "221")
+                self.assertEqual(failures, [])
+        self.assertEqual(delays, [0.1, 0.2, 0.4, 0.8, 1.0, 1.0, 0.1, 0.2])
+        self.assertEqual(len(logs.output), 2)
+
+    def test_a_client_that_left_the_queue_is_no_failure(self):
+        with self.assertLogs("msmtpd", "INFO") as logs:
+            server, failures = self.serve_with_failures()
+            failures.append(ConnectionAbortedError(103, "Software caused connection abort"))
             with Client(server) as client:
                 self.assertEqual(client.open()[:3], "250")
         self.assertEqual(failures, [])
-        self.assertEqual(len(logs.output), 1)
+        self.assertNotIn("cannot accept", "".join(logs.output))
+
+    def test_a_session_that_cannot_be_made_takes_none_of_them(self):
+        class Bad(msmtpd.Session):
+            def __init__(self, *arguments):
+                if failures:
+                    raise failures.pop()
+                super().__init__(*arguments)
+        for failures in [ArithmeticError("why")], [SystemExit("why")]:
+            with self.assertLogs("msmtpd", "ERROR") as logs:
+                server = self.serve(session=Bad, max_sessions=1)
+                self.assertEqual(self.client(server).rest(), "")
+                self.assertEqual(self.client(server).line(), "220 localhost ESMTP msmtpd")
+            self.assertIn("a session ended by an error", logs.output[0])
 
     @unittest.skipUnless(hasattr(select, "epoll"), "no epoll")
     def test_a_wait_that_fails_loses_no_client(self):
@@ -1996,11 +2018,9 @@ class Slots(ServerCase):
                 self.assertRaises(RuntimeError):
             self.serve()
 
+    @needs_ipv6
     def test_dual_stack(self):
-        try:
-            server = self.serve(host="::")
-        except OSError:
-            self.skipTest("no IPv6")
+        server = self.serve(host="::")
         for host in ("127.0.0.1", "::1"):
             with Client((host, server.port)) as client:
                 client.open("MAIL FROM:<a@b>", "RCPT TO:<c@d>", "DATA", "x\r\n.")
@@ -2008,15 +2028,13 @@ class Slots(ServerCase):
 
     def check_both_families(self, host, addresses):
         """Serve on `host`: it listens on these addresses, and serves IPv4 and IPv6."""
-        try:
-            server = self.serve(host=host)
-        except OSError:
-            self.skipTest("no IPv6")
+        server = self.serve(host=host)
         self.assertEqual([peer.host for peer in server.addresses], addresses)
         for place in ("127.0.0.1", "::1"):
             with Client((place, server.port)) as client:
                 self.assertEqual(client.open()[:3], "250")
 
+    @needs_ipv6
     def test_both_stacks_where_no_socket_is_for_both(self):
         def setsockopt(listener, level, option, value):
             if (level, option) == (socket.IPPROTO_IPV6, socket.IPV6_V6ONLY) and not value:
@@ -2028,8 +2046,10 @@ class Slots(ServerCase):
         with mock.patch.object(socket.socket, "setsockopt", setsockopt):
             self.check_both_families("::", ["::", "0.0.0.0"])
 
+    @needs_ipv6
     def test_several_interfaces_share_a_free_port(self):
         self.check_both_families(("127.0.0.1", "::", "127.0.0.1"), ["127.0.0.1", "::"])
+        self.check_both_families(("::", "127.0.0.1"), ["::", "127.0.0.1"])
 
 
 # The library
@@ -2075,6 +2095,14 @@ class LibraryCase(ServerCase):
 
 class StartingAServer(LibraryCase):
 
+    def test_arguments_that_make_no_sense_are_refused_before_it(self):
+        with self.assertRaises(TypeError):
+            msmtpd.Server(None)
+        for options in ({"host": ()}, {"port": -1}, {"port": 65536}, {"max_size": -1},
+                        {"max_sessions": 0}, {"timeout": 0}):
+            with self.subTest(options), self.assertRaises(ValueError):
+                msmtpd.Server(print, **options)
+
     def test_host_and_port_are_known_when_start_returns(self):
         second = "127.0.0.2" if sys.platform == "linux" else "127.0.0.1"
         for host in ("127.0.0.1", second, tuple({"127.0.0.1", second})):
@@ -2091,6 +2119,7 @@ class StartingAServer(LibraryCase):
                         self.assertEqual(client.do("NOOP"), "220 localhost ESMTP msmtpd")
                 server.stop()
 
+    @needs_ipv6
     def test_a_port_that_only_the_first_host_has_free_is_not_taken(self):
         real, ports = socket.create_server, []
 
@@ -2111,7 +2140,7 @@ class StartingAServer(LibraryCase):
         with socket.create_server(("127.0.0.1", 0)) as taken:
             port, descriptors = taken.getsockname()[1], open_descriptors()
             for host, port in (("127.0.0.1", port), (("127.0.0.2", "127.0.0.1"), port),
-                               ("192.0.2.1", 0), ("mail.example", 0), ("", 0)):
+                               ("192.0.2.1", 0), ("mail.example", 0), ("", 0), ("x" * 64, 0)):
                 with self.subTest(host=host):
                     server = msmtpd.Server(print, host, port)
                     with self.assertRaises(OSError):
@@ -2170,6 +2199,13 @@ class StartingAServer(LibraryCase):
             with self.assertRaises(OSError):
                 socket.create_connection((server.host, server.port), PATIENCE)
 
+    def test_a_block_may_be_entered_with_a_started_server(self):
+        server = self.serve()
+        with server:
+            self.assertEqual(self.client(server).line(), "220 localhost ESMTP msmtpd")
+        with self.assertRaises(OSError):
+            Client(server)
+
     def test_a_hundred_starts_and_stops_leave_nothing(self):
         mails, port = [], 0
         for number in range(101):
@@ -2180,6 +2216,19 @@ class StartingAServer(LibraryCase):
             if not number:
                 descriptors = open_descriptors()
         self.assertEqual((len(mails), open_descriptors()), (101, descriptors))
+
+    def test_servers_may_share_a_socket(self):
+        """Both are told of a client, and who comes too late goes on waiting."""
+        listener = socket.create_server(("127.0.0.1", 0))
+        servers = [self.serve(sockets=[each]) for each in (listener, listener.dup())]
+        for _ in range(50):
+            with Client(servers[0]) as client:
+                self.assertEqual(client.open("QUIT")[:3], "221")
+        for server in servers:
+            stopping = threading.Thread(target=server.stop, daemon=True)
+            stopping.start()
+            stopping.join(PATIENCE)
+            self.assertFalse(stopping.is_alive())
 
     def test_servers_in_parallel_know_nothing_of_each_other(self):
         inboxes = [[] for _ in range(8)]
@@ -2271,11 +2320,52 @@ class StoppingAServer(LibraryCase):
         client.open("MAIL FROM:<a@b>", "RCPT TO:<c@d>", "DATA")
         server.drain(30.0, 30.0)
         client.send("x\r\n")      # still heard
+        wait_for(lambda: session_waits(1), "the session to wait for its client alone")
         began = time.monotonic()
         server.stop(0.3, 1.0)
         self.assertEqual(client.rest(), "421 4.3.2 Shutting down\r\n")
         self.assertLess(time.monotonic() - began, 1.2)
         self.assertEqual(self.more_threads(), 0)
+
+    def test_a_further_drain_lengthens_nothing(self):
+        server = self.serve(self.stuck)
+        self.sender(server)
+        self.assertTrue(self.entered.acquire(timeout=PATIENCE))
+        client = self.client(server)
+        client.open("MAIL FROM:<a@b>", "RCPT TO:<c@d>", "DATA")
+        server.drain(0.2, 0.2)
+        began = time.monotonic()
+        with self.assertLogs("msmtpd", "ERROR"):
+            server.stop(PATIENCE, PATIENCE)
+        self.assertEqual(client.rest(), "421 4.3.2 Shutting down\r\n")
+        self.assertLess(time.monotonic() - began, PATIENCE / 2)
+
+    def test_grace_is_for_those_who_send(self):
+        server = self.serve(timeout=0.3)
+        client = self.client(server)
+        client.open("MAIL FROM:<a@b>", "RCPT TO:<c@d>", "DATA")
+        server.drain(PATIENCE, PATIENCE)
+        began = time.monotonic()
+        self.assertEqual(client.rest()[:9], "421 4.4.2")
+        self.assertLess(time.monotonic() - began, PATIENCE / 2)
+
+    def test_clients_that_wait_for_a_place_or_linger(self):
+        server = self.serve(max_sessions=1)
+        client = self.client(server)
+        client.open()       # and so takes the only one
+        wait_for(session_waits, "the session to wait")
+        server.stop()
+        self.assertEqual(client.rest(), "421 4.3.2 Shutting down\r\n")
+        server = self.serve()
+        self.freeze()       # without which a farewell is for a second
+        client = self.client(server)
+        client.send("FROB\r\n" * 10)
+        self.assertEqual(client.rest()[-27:], "421 4.7.0 Too many errors\r\n")
+        wait_for(session_waits, "the session to linger")
+        stopping = threading.Thread(target=server.stop, daemon=True)
+        stopping.start()
+        stopping.join(PATIENCE)
+        self.assertFalse(stopping.is_alive())
 
     def test_a_thread_that_waits_for_a_client_when_the_listeners_are_closed(self):
         server = self.serve()
@@ -2309,9 +2399,16 @@ class StoppingAServer(LibraryCase):
 
     def test_sockets_that_wait_by_themselves_for_too_long_or_not_at_all(self):
         """Clients are served and told, whatever the defaults and the system's abilities."""
-        for name, default, order in (("default timeout", 60.0, sys.byteorder),
-                                     ("no timeouts", None, "big")):
-            with self.subTest(name), mock.patch.object(sys, "byteorder", order):
+        def refuse(listener, level, option, value):
+            if level == socket.SOL_SOCKET and option in (socket.SO_RCVTIMEO, socket.SO_SNDTIMEO):
+                raise OSError(errno.ENOPROTOOPT, "no such option")
+            real(listener, level, option, value)
+        real = socket.socket.setsockopt
+        for name, default, order, setsockopt in (
+                ("default timeout", 60.0, sys.byteorder, real), ("no timeouts", None, "big", real),
+                ("no such options", None, sys.byteorder, refuse)):
+            with self.subTest(name), mock.patch.object(sys, "byteorder", order), \
+                    mock.patch.object(socket.socket, "setsockopt", setsockopt):
                 self.addCleanup(socket.setdefaulttimeout, None)
                 socket.setdefaulttimeout(default)
                 server = self.serve()
@@ -2408,6 +2505,25 @@ class StoppingAServer(LibraryCase):
         server.stop()
         wait_for(lambda: not self.more_threads(), "the old thread to end")
 
+    def test_one_that_was_left_behind_leaves_nothing_in_the_end(self):
+        descriptors = open_descriptors()
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always", ResourceWarning)
+            server = msmtpd.Server(self.stuck)
+            server.start()
+            client = self.sender(server)
+            self.assertTrue(self.entered.acquire(timeout=PATIENCE))
+            with self.assertLogs("msmtpd", "ERROR"):
+                server.stop(0, 0)
+            self.release.set()
+            client.rest()
+            client.close()
+            wait_for(lambda: self.more_threads() <= 0, "the thread to end")
+            del server
+            gc.collect()
+        self.assertEqual([str(each.message) for each in caught], [])
+        self.assertEqual(open_descriptors(), descriptors)
+
     def test_serve_forever_starts_where_needed_and_returns_when_stopped(self):
         for started in (False, True):
             with self.subTest(started=started):
@@ -2465,6 +2581,65 @@ class StoppingAServer(LibraryCase):
         self.assertEqual(client.line(), "421 4.3.2 Shutting down")
         server.start()
         self.assertEqual(self.client(server).line(), "220 localhost ESMTP msmtpd")
+
+
+class WhileAMailIsDelivered(LibraryCase):
+    """What clients do meanwhile is looked at behind it, where it took a while."""
+
+    def setUp(self):
+        super().setUp()
+        self.entered, self.go = threading.Event(), threading.Event()
+        self.addCleanup(self.go.set)
+
+    def deliver(self, mail):
+        """Return when self.go is set, which is a second later by a clock that stands still."""
+        self.entered.set()
+        self.go.wait(PATIENCE)
+        self.freeze(1)
+        self.mails.append(mail)
+
+    def test_the_log_says_that_they_left(self):
+        for way in "close", "reset":
+            with self.subTest(way), self.assertLogs("msmtpd", "INFO") as log:
+                server = self.serve(self.deliver)
+                getattr(self.sender(server), way)()
+                self.go.set()
+                wait_for(lambda: "closed: " in "".join(log.output), "the end of the session")
+                self.assertEqual(len(self.mails), 1)
+                self.go.clear()
+            self.assertIn("the client left before the reply", "".join(log.output))
+            self.assertIn("status=sent", "".join(log.output))
+
+    def test_who_has_said_all_has_not_left(self):
+        with self.assertLogs("msmtpd", "INFO") as log:
+            client = self.sender(self.serve(self.deliver), "x\r\n.\r\nQUIT\r\nNOOP")
+            client.socket.shutdown(socket.SHUT_WR)
+            self.go.set()
+            self.assertEqual(client.rest().splitlines()[-1][:3], "221")
+            wait_for(lambda: "closed: " in "".join(log.output), "the end of the session")
+        self.assertNotIn("before the reply", "".join(log.output))
+
+    def test_what_they_say_is_not_lost(self):
+        def pull(wire, *arguments, **options):
+            if failures:
+                raise failures.pop()
+            return real(wire, *arguments, **options)
+        real, failures = msmtpd.Wire._pull, []
+        for errors in [], [MemoryError()]:
+            with self.subTest(errors), mock.patch.object(msmtpd.Wire, "_pull", pull):
+                client = self.sender(self.serve(self.deliver))
+                self.assertTrue(self.entered.wait(PATIENCE))
+                failures += errors      # when they are looked at
+                client.send("NOOP\r\nVRFY a\r\n")
+                self.go.set()
+                self.assertEqual([client.line()[:3] for _ in range(3)], ["250", "250", "252"])
+                self.assertEqual(failures, [])
+                self.entered.clear()
+                self.go.clear()
+
+    def test_the_reply_does_not_wait_for_them(self):
+        self.go.set()
+        self.assertEqual(self.sender(self.serve(self.deliver)).line(), "250 2.0.0 Delivered")
 
 
 PYTEST = """
@@ -2985,11 +3160,13 @@ class ChecksOfAddresses(LibraryCase):
     def test_may_not_be_async(self):
         async def check(address, mail):
             raise msmtpd.PermanentFailure("no")
-        with self.assertLogs("msmtpd", "ERROR") as log, warnings.catch_warnings():
-            warnings.simplefilter("ignore")         # never awaited
-            client = self.client(self.serve(check=check))
-            self.assertEqual(client.open("MAIL FROM:<a@example.org>"), "451 4.3.0 Internal error")
-        self.assertIn("not async ones", log.output[0])
+        for deliver in None, msmtpd.Command("true"):
+            with self.assertLogs("msmtpd", "ERROR") as log, warnings.catch_warnings():
+                warnings.simplefilter("ignore")         # never awaited
+                client = self.client(self.serve(deliver, check=check))
+                self.assertEqual(client.open("MAIL FROM:<a@example.org>"),
+                                 "451 4.3.0 Internal error")
+            self.assertIn("not async ones", log.output[0])
 
     def test_are_asked_besides_that_of_a_command(self):
         def check(address, mail):
@@ -3137,6 +3314,43 @@ class TLSByAContext(LibraryCase):
             self.assertEqual(client.docmd("AUTH PLAIN AHUAcA==")[0], 538)
             client.starttls(context=ssl.create_default_context(cadata=CERTIFICATE_1))
             self.assertEqual(client.login("user", "password")[0], 235)
+
+    def inside(self):
+        """A client within TLS, which knows a cut from an end, and a socket below TLS."""
+        client = self.client(self.serve(tls=self.context()))
+        client.open("STARTTLS")
+        below = client.socket.dup()
+        self.addCleanup(below.close)
+        context = ssl.create_default_context(cadata=CERTIFICATE_1)
+        context.options &= ~getattr(ssl, "OP_IGNORE_UNEXPECTED_EOF", 0)
+        inside = context.wrap_socket(client.socket, server_hostname="localhost",
+                                     suppress_ragged_eofs=False)
+        self.addCleanup(inside.close)
+        return inside, below
+
+    def test_its_end_is_told_also_to_one_who_talks_on(self):
+        for sent, last in (b"QUIT\r\n", b"221 2.0.0"), (b"FROB\r\n" * 10, b"421 4.7.0"):
+            with self.subTest(sent):
+                inside, below = self.inside()
+                self.freeze()       # so that a farewell lasts
+                inside.sendall(sent)
+                said = b""
+                with contextlib.suppress(ssl.SSLZeroReturnError):
+                    for data in iter(lambda: inside.recv(1000), b""):
+                        said += data
+                self.assertEqual(said.splitlines()[-1][:9], last)
+                for _ in range(3 if last[:1] == b"4" else 0):
+                    below.sendall(b"x")
+
+    def test_what_is_no_tls_within_it_ends_the_session(self):
+        with self.assertLogs("msmtpd", "INFO") as log:
+            inside, below = self.inside()
+            inside.sendall(b"NOOP\r\n")
+            inside.recv(100)
+            below.sendall(b"MAIL FROM:<a@example.org>\r\n")
+            wait_for(lambda: "closed: " in "".join(log.output), "the end of the session")
+        self.assertIn("closed: the client left", "".join(log.output))
+        self.assertNotIn("internal error", "".join(log.output))
 
     def test_stop_is_quick_within_it_too(self):
         server = self.serve(tls=self.context())
@@ -3300,7 +3514,35 @@ class WhatIsLogged(LibraryCase):
             self.assertRegex("\n".join(log.output), r"session 1: mail from=<a@example\.org> "
                              r"to=<b@example\.org> size=2 status=sent seconds=[0-9.]+")
 
+    def test_tells_what_was_refused_and_keeps_addresses_apart(self):
+        with self.assertLogs("msmtpd", "INFO") as log:
+            client = self.client(self.serve())
+            client.open('MAIL FROM:<"a> to=<x"@b>', "RCPT TO:<-c@d>", "RCPT TO:<c@d>", "DATA",
+                        "x\r\n.")
+        self.assertIn("INFO:msmtpd:session 1: refused RCPT TO:<-c@d>: 501 5.1.3 Bad address syntax",
+                      log.output)
+        self.assertIn(r'from=<"a\x3e to=<x"@b> to=<c@d>', "".join(log.output))
+
+    def test_has_values_from_outside_escaped_and_cut(self):
+        for value, shown in (("a\\nb", "a\\\\nb"), ("a\nb", "a\\nb"), ("x" * 201, "x" * 200),
+                             ("\x01" * 200, "\\x01" * 50)):
+            self.assertEqual(msmtpd._shown(value), shown)
+
+    def test_changes_no_reply_where_it_fails(self):
+        log = mock.Mock(**{"isEnabledFor.return_value": True, "log.side_effect": ArithmeticError})
+        self.assertEqual(self.reply_to(None, log=log), ("250 2.0.0 Delivered", "250 2.0.0 Here"))
+
+    def test_an_error_has_its_traceback_on_standard_error_too(self):
+        deliver = mock.Mock(side_effect=ArithmeticError("why"), spec=())
+        with standard_error() as errors:
+            self.reply_to(deliver, log=msmtpd.ErrorsOnly())
+        self.assertRegex(errors[0], r"(?s)\Amsmtpd: session 1: deliver raised\n"
+                         r"Traceback.*Error: why\n\Z")
+
     def test_is_printed_nowhere(self):
+        for _ in range(3):
+            msmtpd.Server(print)
+        self.assertLessEqual(len(logging.getLogger("msmtpd").handlers), 1)
         script = SELFTEST.replace("fine", "quiet") + "print('end')"
         done = subprocess.run([sys.executable, "-c", script, "msmtpd"], timeout=PATIENCE,
                               env=dict(os.environ, PYTHONPATH=os.path.dirname(msmtpd.__file__)),

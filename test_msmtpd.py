@@ -1413,7 +1413,7 @@ class Delivery(ProgramCase):
         with open(os.path.join(self.folder, "pid"), encoding="ascii") as file:
             os.kill(int(file.read()), signal.SIGKILL)
         script = self.script("fork", "#!/bin/sh\nyes >&2 &\nsleep 0.1\nexit 1\n")
-        with mock.patch.object(msmtpd, "CHUNK", 100):       # of more than there ever is
+        with mock.patch.object(msmtpd, "CHUNK", 1):     # so that there is always more
             self.assertEqual(self.run_in_a_thread(script)[1], "exit=1")
 
     @unittest.skipUnless(os.path.exists("/proc/self/status"), "no /proc")
@@ -2354,6 +2354,11 @@ class StoppingAServer(LibraryCase):
                     taken.append(real.accept()[0])
                 return real.accept()
         server._workers._listeners._sockets[number] = Listener()
+
+        def wake():
+            with contextlib.suppress(OSError):
+                Client(server).close()
+        self.addCleanup(wake)       # whoever waits in accept in spite of all
         self.client(server)
         wait_for(lambda: taken, "the other to accept")
         self.stop_in_time(server)
@@ -4298,10 +4303,10 @@ class Inetd(ProgramCase):
         return self.run_program("--inetd", "--command=%s --" % self.capture, *arguments,
                                 input=data, **options)
 
-    def inetd(self, *arguments, stdin=subprocess.PIPE):
+    def inetd(self, *arguments):
         """The program on pipes, as a process."""
         process = subprocess.Popen([sys.executable, PROGRAM, "--inetd", "--command=cat",
-                                    *arguments], stdin=stdin, stdout=subprocess.PIPE)
+                                    *arguments], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
         self.addCleanup(self.end, process)
         return process
 
@@ -4348,15 +4353,27 @@ class Inetd(ProgramCase):
         self.assertEqual(done.returncode, 1)
         self.assertNotIn(b"msmtpd: session", done.stdout)
 
-    def test_clients_that_are_silent_or_do_not_read(self):
+    def test_a_client_that_is_silent(self):
         process = self.inetd("--timeout=0.3")
         self.assertEqual(process.wait(PATIENCE), 1)
         self.assertEqual(process.stdout.read().splitlines()[-1][:9], b"421 4.4.2")
-        with tempfile.TemporaryFile() as file:
-            file.write(b"HELP\r\n" * 20000)
-            file.seek(0)
-            process = self.inetd("--timeout=0.3", stdin=file)
-            self.assertEqual(process.wait(PATIENCE), 1)
+
+    def test_a_client_that_does_not_read(self):
+        class Verbose(msmtpd.Session):
+            def do_HELP(self, argument):        # more than a pipe holds
+                return msmtpd.Reply(214, "", *500 * ["x" * 400])
+        server = msmtpd.Server(print, session=Verbose, timeout=0.3)
+        reader, writer = os.pipe()
+        with open(reader, "rb") as unread, open(writer, "wb") as sink, \
+                tempfile.TemporaryFile() as source:
+            source.write(b"HELP\r\n")
+            source.seek(0)
+            serving = threading.Thread(target=server.serve_descriptors, daemon=True,
+                                       args=(source.fileno(), sink.fileno()))
+            serving.start()
+            serving.join(PATIENCE)
+            self.assertFalse(serving.is_alive())
+            self.assertTrue(unread.read(9000).startswith(b"220 "))
 
     def test_a_client_that_hears_no_replies(self):
         process = self.inetd("--command=%s --" % self.capture)
@@ -4456,9 +4473,11 @@ class Inetd(ProgramCase):
         process = self.inetd()
         self.assertEqual(process.stdout.readline(), b"220 localhost ESMTP msmtpd\r\n")
         wait_for(lambda: "State:\tS" in status_of(process.pid), "it to wait for its client")
+        began = time.monotonic()
         process.send_signal(signal.SIGTERM)
         self.assertEqual(process.stdout.read()[:9], b"421 4.3.2")
         self.assertEqual(process.wait(PATIENCE), 1)
+        self.assertLess(time.monotonic() - began, msmtpd.FULL_TIMEOUT / 2)
 
     def test_closed_descriptors(self):
         """The password command can write to standard error all the same."""
@@ -4466,7 +4485,7 @@ class Inetd(ProgramCase):
             status = subprocess.run(
                 ["sh", "-c", 'exec "$@" ' + closed, "sh", sys.executable, PROGRAM, "--inetd",
                  "--auth=u,echo x >&2 && echo secret"],
-                stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, timeout=PATIENCE, check=False)
+                input=b"", stdout=subprocess.PIPE, timeout=PATIENCE, check=False)
             self.assertEqual(status.returncode, 0, closed)
 
 
@@ -5826,7 +5845,7 @@ class Smuggling(ServerCase):
                 (b"\r\n", b".\r\n", strict, b""), (b"\r\n", b"\r\n.\r\n", strict, b"\r\n"),
                 (b"\n", b"..\n.\n", lenient, b"..\n"), (b"\n", b".\n", lenient, b""),
                 (b"\n", b"x\r\n.\r\n", lenient, b"x\r\n"), (b"\n", b"x\r\n.\n", lenient, b"x\r\n")):
-            sent += b"NOOP\r\n"
+            sent += b"NOOP\r\n.\r\n"       # of which the end is one, too, but not the first
             for cuts in itertools.combinations(range(1, len(sent)), 3):
                 places = (0, *cuts, len(sent))
                 pieces = [sent[a:b] for a, b in zip(places, places[1:])]

@@ -5271,10 +5271,14 @@ class Passwords(PeerCase):
         self.home["PATH"] = self.folder + os.pathsep + os.environ.get("PATH", os.defpath)
         mine, its = pty.openpty()
         self.addCleanup(os.close, mine)
+
+        def prepare():
+            fcntl.ioctl(0, termios.TIOCSCTTY, 0)
+            signal.signal(signal.SIGINT, signal.SIG_DFL)    # where it is ignored for the tests
         process = self.spawn(
             sys.executable, PROGRAM, "--port=0", "--command=%s -f %%F --" % self.capture,
             *arguments, stdin=its, stdout=its, stderr=its, env=self.home,
-            start_new_session=True, preexec_fn=lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0))
+            start_new_session=True, preexec_fn=prepare)
         os.close(its)
         return process, mine
 

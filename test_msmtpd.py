@@ -4355,7 +4355,7 @@ class Inetd(ProgramCase):
         self.assertNotIn(b"msmtpd: session", done.stdout)
 
     def test_a_client_that_is_silent(self):
-        process = self.inetd("--timeout=0.3")
+        process = self.inetd("--timeout=0.1")
         self.assertEqual(process.wait(PATIENCE), 1)
         self.assertEqual(process.stdout.read().splitlines()[-1][:9], b"421 4.4.2")
 
@@ -4363,7 +4363,7 @@ class Inetd(ProgramCase):
         class Verbose(msmtpd.Session):
             def do_HELP(self, argument):        # more than a pipe holds
                 return msmtpd.Reply(214, "", *500 * ["x" * 400])
-        server = msmtpd.Server(print, session=Verbose, timeout=0.3)
+        server = msmtpd.Server(print, session=Verbose, timeout=0.1)
         reader, writer = os.pipe()
         with open(reader, "rb") as unread, open(writer, "wb") as sink, \
                 tempfile.TemporaryFile() as source:

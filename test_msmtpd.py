@@ -1302,11 +1302,15 @@ class Delivery(ProgramCase):
             reader, writer = real()
             fcntl.fcntl(writer, getattr(fcntl, "F_SETPIPE_SZ", 1031), 4096)  # from Python 3.10 on
             return reader, writer
-        real = os.pipe
-        mail = msmtpd.Mail("a@b", ["c@d"], os.urandom(60000))
-        with mock.patch.object(os, "pipe", pipe):
-            self.assertEqual(self.run_in_a_thread(self.capture, mail)[1], "exit=0")
-        self.assertEqual(self.delivered()[0][1], mail.data)
+        real, real_write = os.pipe, os.write
+        for write in real_write, mock.Mock(side_effect=OSError(errno.ENOMEM, "none"), spec=()):
+            mail = msmtpd.Mail("a@b", ["c@d"], os.urandom(60000))
+            before = open_descriptors()
+            with mock.patch.object(os, "pipe", pipe), mock.patch.object(os, "write", write), \
+                    mock.patch.object(tempfile, "tempdir", "/nonexistent"):
+                self.assertEqual(self.run_in_a_thread(self.capture, mail)[1], "exit=0")
+            self.assertEqual(self.delivered()[-1][1], mail.data)
+            self.assertEqual(open_descriptors(), before + 1)    # that of the mail itself
 
     def test_a_mail_that_was_looked_at_arrives_whole(self):
         for size in (100, 100000, 3000000):
@@ -1529,7 +1533,8 @@ class Delivery(ProgramCase):
             if os.path.exists("/dev/full"):
                 with mock.patch.object(tempfile, "TemporaryFile",
                                        lambda prefix: open("/dev/full", "w+b")):
-                    self.assertEqual(self.run_command("cat", mail)[0].code, 452)
+                    failure = self.run_command("cat", mail)[0]
+                self.assertEqual((failure.code, failure.enhanced), (452, "4.3.1"))
             self.assertEqual(self.run_command(self.capture, mail)[1], "exit=0")
             self.assertEqual(self.delivered()[-1][1], b"x" * 200000)
 
@@ -1959,6 +1964,21 @@ class Slots(ServerCase):
         with self.assertRaises(ConnectionRefusedError):
             Client(server)
 
+    def test_once_the_server_stops_nobody_tries_to_accept(self):
+        with mock.patch.object(select, "epoll", side_effect=OSError(38, "none"), create=True):
+            server = self.serve()
+        (number, real), = server._workers._listeners._sockets.items()
+        accept = mock.Mock(side_effect=OSError(errno.ENFILE, "Too many open files in system"))
+        server._workers._listeners._sockets[number] = mock.Mock(accept=accept, close=real.close)
+        with self.assertLogs("msmtpd", "ERROR"), mock.patch.object(
+                time, "sleep", lambda seconds, sleep=time.sleep: sleep(0.001)):
+            self.client(server)
+            wait_for(lambda: accept.called, "a try")
+            server.drain(0, PATIENCE)
+            tries = accept.call_count
+            server.stop()
+        self.assertLessEqual(accept.call_count, tries + 1)      # one was on its way
+
     @unittest.skipUnless(hasattr(socket, "AF_UNIX"), "no Unix sockets")
     def test_unix_sockets(self):
         folder = tempfile.TemporaryDirectory()
@@ -2120,6 +2140,16 @@ class StartingAServer(LibraryCase):
         self.assertEqual(ports[1], ports[0])
         self.assertNotEqual(ports[2], ports[0])
         self.assertEqual([peer.port for peer in server.addresses], ports[2:])
+
+        def never(address, **options):      # as where one of two is the other, too
+            ports.append(address)
+            if len(ports) % 2 == 0:
+                raise OSError(errno.EADDRINUSE, "taken")
+            return real(address, **options)
+        ports.clear()
+        with mock.patch.object(socket, "create_server", never), self.assertRaises(OSError):
+            self.serve(host=("127.0.0.1", "::1"))
+        self.assertLess(len(ports), 40)
 
     def test_what_cannot_be_bound_is_an_error_at_once(self):
         with socket.create_server(("127.0.0.1", 0)) as taken:
@@ -3843,11 +3873,12 @@ class Options(ProgramCase):
         """Cut-down Pythons do; what needs one of them is refused, and all else works."""
         program = self.script("program", (
             "import runpy, sys\n"
-            "for name in 'ssl syslog pwd grp resource ctypes'.split():\n"
+            "for name in 'ssl syslog pwd grp resource ctypes difflib'.split():\n"
             "    sys.modules[name] = None\n"
             "runpy.run_path(%r, run_name='__main__')\n") % PROGRAM)
         with mock.patch.object(sys.modules[__name__], "PROGRAM", program):
-            for option, words in (("--log=syslog", "this system has no syslog; use --log=FILE"),
+            for option, words in (("--prot=25", "unknown option --prot; see --help"),
+                                  ("--log=syslog", "this system has no syslog; use --log=FILE"),
                                   ("--tls-cert-file=x", "this Python has no ssl module")):
                 done = self.run_program("--port=0", option)
                 self.assertEqual((done.returncode, done.stdout), (3, b""))
@@ -5311,7 +5342,8 @@ class Passwords(PeerCase):
         self.assertNotIn("Traceback", self.read_terminal(terminal))
 
     def test_prompt_without_an_answer(self):
-        for typed in b"\n", b"\x04", b"\x03":      # Return, end of input, Ctrl-C
+        # Return, the end of input, Latin-1 and Ctrl-C.
+        for typed in b"\n", b"\x04", b"p\xe4ss\n", b"\x03":
             with self.subTest(typed=typed):
                 process, terminal = self.at_terminal("--auth=joe")
                 self.read_terminal(terminal, "Password of joe: ")

@@ -923,7 +923,7 @@ class Limits(ServerCase):
                 while not select.select([client.socket], [], [], seconds)[0]:
                     client.send("x")
                     self.assertLess(time.monotonic(), end, "the server puts up with it")
-        server = self.serve(timeout=0.4)
+        server = self.serve(timeout=0.25)
         for seconds in (0.05, 0.2 * msmtpd.MOMENT):     # with pauses, and without any
             with self.subTest("line", seconds=seconds), Client(server) as client:
                 client.open()

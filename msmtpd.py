@@ -1016,6 +1016,7 @@ class Session:
         Returns whether all went well: no 421, no transaction cut off, each mail delivered.
         """
         reply: Optional[Reply] = None
+        speaks = True
         self._info("connect from %s", self.peer)
         try:
             reply = self._converse()
@@ -1025,7 +1026,7 @@ class Session:
         except Gone:
             reason = "the client left" + (" in mid-transaction" if self.mail else "")
         except Silent:
-            reason = "the client was silent or too slow"
+            reason, speaks = "the client was silent or too slow", False
             reply = Reply(421, "4.4.2", "Waited for too long")
         except Stopping:
             reason, reply = "the server stops", Reply(421, "4.3.2", "Shutting down")
@@ -1041,7 +1042,8 @@ class Session:
             self._show(reply)
         clean = not (self.mail or self._undelivered or reply and reply.code == 421)
         self._info("closed: %s", reason)
-        self._wire.close(bytes(reply) if reply else b"", bool(reply and reply.code != 221))
+        self._wire.close(bytes(reply) if reply else b"",
+                         linger=bool(speaks and reply and reply.code != 221))
         return clean
 
     # The dialogue

@@ -1853,7 +1853,11 @@ class Slots(ServerCase):
         with Client(server) as first, Client(server) as second, Client(server) as third, \
                 Client(server) as fourth:
             second.open("MAIL FROM:<a@b>", "RCPT TO:<c@d>", "DATA")
-            self.assertEqual(fourth.reply(), ["220 localhost ESMTP msmtpd"])
+            with mock.patch.object(msmtpd.Wire, "close", autospec=True,
+                                   side_effect=msmtpd.Wire.close) as close:
+                self.assertEqual(fourth.reply(), ["220 localhost ESMTP msmtpd"])
+            self.assertEqual([call[1]["linger"] for call in close.call_args_list if call[1]][:1],
+                             [False])       # they need not leave themselves
             said = [client.socket.recv(500) for client in (first, second, third)
                     if select.select([client.socket], [], [], 0)[0]]
             self.assertIn(b"421 4.4.2", b"".join(said))

@@ -1016,7 +1016,7 @@ class Session:
         Returns whether all went well: no 421, no transaction cut off, each mail delivered.
         """
         reply: Optional[Reply] = None
-        speaks = True
+        speaks = True       # so that it may be sending still when the session ends
         self._info("connect from %s", self.peer)
         try:
             reply = self._converse()

@@ -2778,7 +2778,9 @@ def _run_lookup(*arguments: str) -> Tuple[str, str]:
         password = "" if done.returncode else _first_line(done.stdout)
     except FileNotFoundError:
         return "", "no program %s" % arguments[0]
-    except (OSError, subprocess.TimeoutExpired, UnicodeDecodeError) as error:
+    except UnicodeDecodeError:      # whose text would show some of it
+        return "", "%s: it printed no UTF-8" % arguments[0]
+    except (OSError, subprocess.TimeoutExpired) as error:
         return "", "%s: %s" % (arguments[0], error)
     errors = done.stderr.decode("utf-8", "replace").strip()
     why_not = _shown(errors.split(": ", 1)[-1]) or "no such entry, or the key ring is locked"
@@ -2815,7 +2817,7 @@ def _ask_terminal(user: str) -> Tuple[str, str]:
         return getpass.getpass("Password of %s: " % user), "none was typed"
     except EOFError:
         return "", "none was typed"
-    except UnicodeDecodeError:      # which would show some of it
+    except UnicodeDecodeError:      # as above
         return "", "what was typed is not UTF-8"
 
 

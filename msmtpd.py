@@ -816,9 +816,9 @@ class Wire:
     def close(self, farewell: bytes, linger: bool) -> None:
         """Send `farewell` if the client takes it within a second, or else give it up.
 
-        linger: whether to drop for the rest of that second what the client sends, if it does not
-        expect the end: a socket that is closed with unread input is reset, and the client may never
-        see the farewell.
+        linger: whether to drop for a while what the client still sends, if it does not expect the
+        end: a socket that is closed with unread input is reset, and the client may never see the
+        farewell.
         """
         deadline = time.monotonic() + 1.0
         data, self._output = self._output + farewell, b""
@@ -826,6 +826,8 @@ class Wire:
             self._push(data, deadline)
             if linger:
                 self._end_output()
+                if self._slots.full:        # somebody may wait for this one
+                    deadline = time.monotonic() + 0.1
                 while self._slots.drain_until is None:
                     self._pull(deadline, idle=True)
         except (Gone, Silent, Stopping, OSError):
@@ -1016,7 +1018,6 @@ class Session:
         Returns whether all went well: no 421, no transaction cut off, each mail delivered.
         """
         reply: Optional[Reply] = None
-        speaks = True       # so that it may be sending still when the session ends
         self._info("connect from %s", self.peer)
         try:
             reply = self._converse()
@@ -1026,7 +1027,7 @@ class Session:
         except Gone:
             reason = "the client left" + (" in mid-transaction" if self.mail else "")
         except Silent:
-            reason, speaks = "the client was silent or too slow", False
+            reason = "the client was silent or too slow"
             reply = Reply(421, "4.4.2", "Waited for too long")
         except Stopping:
             reason, reply = "the server stops", Reply(421, "4.3.2", "Shutting down")
@@ -1042,8 +1043,7 @@ class Session:
             self._show(reply)
         clean = not (self.mail or self._undelivered or reply and reply.code == 421)
         self._info("closed: %s", reason)
-        self._wire.close(bytes(reply) if reply else b"",
-                         linger=bool(speaks and reply and reply.code != 221))
+        self._wire.close(bytes(reply) if reply else b"", bool(reply and reply.code != 221))
         return clean
 
     # The dialogue

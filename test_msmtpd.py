@@ -1853,14 +1853,21 @@ class Slots(ServerCase):
         with Client(server) as first, Client(server) as second, Client(server) as third, \
                 Client(server) as fourth:
             second.open("MAIL FROM:<a@b>", "RCPT TO:<c@d>", "DATA")
-            with mock.patch.object(msmtpd.Wire, "close", autospec=True,
-                                   side_effect=msmtpd.Wire.close) as close:
-                self.assertEqual(fourth.reply(), ["220 localhost ESMTP msmtpd"])
-            self.assertEqual([call[1]["linger"] for call in close.call_args_list if call[1]][:1],
-                             [False])       # they need not leave themselves
+            self.assertEqual(fourth.reply(), ["220 localhost ESMTP msmtpd"])
             said = [client.socket.recv(500) for client in (first, second, third)
                     if select.select([client.socket], [], [], 0)[0]]
             self.assertIn(b"421 4.4.2", b"".join(said))
+
+    def test_a_farewell_is_short_when_all_slots_are_taken(self):
+        ours, theirs = socket.socketpair()
+        slots = msmtpd.Slots(*socket.socketpair())
+        self.addCleanup(slots.close)
+        slots.waiting = ()
+        with ours, theirs:
+            began = time.monotonic()
+            msmtpd.Wire.of_socket(theirs, slots, 9.0).close(b"421 x\r\n", linger=True)
+            self.assertLess(time.monotonic() - began, 0.8)
+            self.assertEqual(ours.recv(100), b"421 x\r\n")
 
     def test_silent_clients_stay_while_there_is_room(self):
         self.patch(FULL_TIMEOUT=0.1)

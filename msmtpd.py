@@ -225,7 +225,7 @@ class Spool:
         self._file.flush()      # now, not where nobody looks for an error any more
         self.size = size
 
-    def get_descriptor(self) -> None:
+    def ensure_descriptor(self) -> None:
         """Move the data, if need be, to where there is a descriptor for it. Raises OSError."""
         if not (self.has_descriptor or self._move_to_memory()):
             self._move_to_disk()
@@ -442,12 +442,12 @@ class HTTPRequest(Exception):
     """The client speaks HTTP."""
 
 
-def parse_command(line: bytes) -> Tuple[str, str]:
+def parse_verb(line: bytes) -> Tuple[str, str]:
     """Split a command line, without its end, into its verb in upper case and its argument.
 
     Raises HTTPRequest, and ValueError saying what is wrong with its bytes.
     """
-    return (_split_again if line[:5].rstrip(b" ").upper() in _REPEATED else _split)(line)
+    return (_split_cached if line[:5].rstrip(b" ").upper() in _REPEATED else _split)(line)
 
 
 def _split(line: bytes) -> Tuple[str, str]:
@@ -465,7 +465,7 @@ def _split(line: bytes) -> Tuple[str, str]:
 
 # The same few lines come again and again; any but these may hold a password.
 _REPEATED = frozenset(b"EHLO HELO MAIL RCPT DATA RSET NOOP QUIT".split())
-_split_again = functools.lru_cache(maxsize=64)(_split)
+_split_cached = functools.lru_cache(maxsize=64)(_split)
 
 
 @functools.lru_cache(maxsize=64)
@@ -762,7 +762,7 @@ class Wire:
             raise LineTooLong(line[:limit], endless=False)
         return (line[:-1], b"\r\n") if line.endswith(b"\r") else (line, b"\n")
 
-    def read_body(self, before: bytes, ends: Sequence[bytes]) -> Iterator[bytes]:
+    def read_mail_data(self, before: bytes, ends: Sequence[bytes]) -> Iterator[bytes]:
         """Yield mail data as it was received, in pieces, up to the first of `ends`.
 
         Each end begins with the end of the data's last line, which still is part of the data,
@@ -1068,7 +1068,7 @@ class Session:
         """Read one command and return what it is answered, None for nothing more."""
         verb = argument = ""
         try:
-            verb, argument = self._read_command()
+            verb, argument = self._read_verb()
             method = self.VERBS.get(verb)
             if method is None:
                 raise Refused(Reply(500, "5.5.1", "Unknown command"))
@@ -1082,14 +1082,14 @@ class Session:
                 raise Disconnect(Reply(421, "4.7.0", "Too many errors"), "errors") from None
             return refusal.reply
 
-    def _read_command(self) -> Tuple[str, str]:
+    def _read_verb(self) -> Tuple[str, str]:
         """Return the next command's verb, in upper case, and its argument."""
         line = self._read_line()
         if len(line) + len(self._line_end) > MAX_LINE and line[:5].upper() != b"AUTH ":
             self._refuse_http(line)
             raise Refused(Reply(500, "5.5.2", "Line too long"))
         try:
-            verb, argument = parse_command(line)
+            verb, argument = parse_verb(line)
         except ValueError as error:
             raise Refused(Reply(500, "5.5.2", str(error))) from None
         if self._debugging:
@@ -1112,7 +1112,7 @@ class Session:
             raise Refused(Reply(500, "5.5.2", "Line too long")) from None
         if self._line_end != b"\n":
             self._bare_lf = False
-        if self._first_line:        # the others parse_command looks at, and at the same one once
+        if self._first_line:        # the others parse_verb looks at, and at the same one once
             self._refuse_http(line)
         return line
 
@@ -1168,7 +1168,7 @@ class Session:
         """Go on within TLS, as if the session had just begun: RFC 3207."""
         if not self._settings.tls:
             raise Refused(Reply(502, "5.5.1", "STARTTLS is not offered"))
-        self._require(not self._tls, "TLS is there already")
+        self._require(not self._tls, "Already in TLS")
         if argument:
             raise Refused(Reply(501, "5.5.4", "STARTTLS takes no argument"))
         self._write(Reply(220, "2.0.0", "Go ahead"))
@@ -1183,7 +1183,7 @@ class Session:
             raise Refused(Reply(538, "5.7.11", "Say STARTTLS first"))
         self._require(self._extended, "Say EHLO first")
         self._require(self.user is None, "Authenticated already")
-        self._require(self.mail is None, "Not in a transaction")
+        self._require(self.mail is None, "Not allowed in a transaction")
         mechanism, _, initial = argument.partition(" ")
         if mechanism.upper() not in ("PLAIN", "LOGIN"):
             raise Refused(Reply(504, "5.5.4", "Mechanisms are PLAIN and LOGIN"))
@@ -1405,7 +1405,7 @@ class Session:
         transparency, received = Transparency(), 0
         head = self._trace() if self._settings.received else b""
         problem = self._spool(mail, head)
-        for piece in self._wire.read_body(self._line_end, ends):
+        for piece in self._wire.read_mail_data(self._line_end, ends):
             received += len(piece)
             if problem:
                 continue
@@ -1560,11 +1560,11 @@ class Command:
         if os.name != "posix":
             raise ValueError("a command needs a POSIX system; give Server a function instead")
         if signal.getsignal(signal.SIGCHLD) is signal.SIG_IGN:
-            raise ValueError("this process ignores SIGCHLD, so that no exit status is to be had")
+            raise ValueError("this process ignores SIGCHLD, and so loses every exit status")
         if not timeout > 0:
             raise ValueError("timeout has to be more than 0 seconds")
         if stdout == 0:
-            raise ValueError("stdout cannot be descriptor 0, which is the command's mail")
+            raise ValueError("stdout cannot be descriptor 0, where the command reads the mail")
         for number in range(3):
             try:
                 os.fstat(number)
@@ -1579,7 +1579,7 @@ class Command:
         self._left: Set[_Run] = set()       # those that nothing could end
         self._program, words = self._parse()
         self._by_shell = not words
-        self._reparsed = _find_reparser(words)
+        self._reparser = _find_reparser(words)
         self._words = [os.fsencode(word) for word in
                        words or ("sh", "-c", text + ' "$@"', "msmtpd")]
         # In which of them the sender has its place.
@@ -1593,8 +1593,8 @@ class Command:
             unsafe = unsafe or not re.search('@[^"@]*$', address)       # it has no domain
         if unsafe:
             raise PermanentFailure("Address not safe for a command", 553)
-        if self._reparsed and not is_inert(address):
-            raise PermanentFailure("Address not safe here: " + self._reparsed, 553)
+        if self._reparser and not is_inert(address):
+            raise PermanentFailure("Address not safe here: " + self._reparser, 553)
 
     def __call__(self, mail: Mail) -> None:
         """Run the command on `mail`. Raises TemporaryFailure and PermanentFailure."""
@@ -1656,8 +1656,8 @@ class Command:
         bare: the command line without its quoted parts.
         """
         if bare.rstrip()[-1] in ";&|<>":
-            raise ValueError("the command ends in %s, which would make a command or a file of "
-                             "the recipients; end it in --" % bare.rstrip()[-1])
+            raise ValueError("the command ends in %s, which would take a recipient for a "
+                             "command or a file; end it in --" % bare.rstrip()[-1])
         if not _takes_arguments(bare):
             raise ValueError("nothing in the command takes the recipients as arguments; end it in "
                              "a program, or in :, which ignores them")
@@ -1905,7 +1905,7 @@ def _open_input(mail: Mail) -> int:
             os.close(writer)
         os.close(reader)
     try:
-        mail.spool.get_descriptor()
+        mail.spool.ensure_descriptor()
     except OSError as error:
         raise TemporaryFailure("No room for the mail now", 452, "4.3.1", [_why(error)]) from None
     descriptor = mail.file.fileno()
@@ -1928,7 +1928,7 @@ class _Starter:
         self._start: Start = self._spawn
         if not alone:
             try:
-                self._start = _posix_spawn(self._environment)
+                self._start = _glibc_spawn(self._environment)
             except (ImportError, AttributeError, OSError, MemoryError):     # no ctypes, or no glibc
                 self._start = self._popen
 
@@ -1936,7 +1936,7 @@ class _Starter:
                  descriptors: Tuple[int, int, int]) -> int:
         stdin, _, stderr = descriptors
         if min(stdin, stderr) < 3:      # they could stand in each other's way
-            raise OSError(errno.EBADF, "a descriptor of 0 to 2 of this process was closed")
+            raise OSError(errno.EBADF, "one of descriptors 0 to 2 of this process was closed")
         try:
             return self._start(program, arguments, descriptors)
         except OSError as error:
@@ -1983,7 +1983,7 @@ def _hide_descriptors() -> bool:
     return True
 
 
-def _posix_spawn(environment: Dict[bytes, bytes]) -> Start:
+def _glibc_spawn(environment: Dict[bytes, bytes]) -> Start:
     """glibc's posix_spawn(3), from 2.34 on; what it raises where that is missing is in _Starter.
 
     Other threads run while it starts a process, as they do not under subprocess and
@@ -2098,8 +2098,8 @@ class Server:
             raise TypeError("deliver has to be a function of one mail, not %r" % (deliver,))
         if not (self._hosts and 0 <= port <= 65535 and max_size >= 0 and max_sessions > 0
                 and timeout > 0):
-            raise ValueError("there is no host, or port, max_size, max_sessions or timeout is out "
-                             "of its range")
+            raise ValueError("no host is given, or one of port, max_size, max_sessions and timeout "
+                             "is out of its range")
         self.host, self.port = self._hosts[0], port
         self.addresses: List[Peer] = []
         self._port, self._sockets = port, sockets
@@ -2758,7 +2758,7 @@ def _evaluate(command: str, inetd: bool) -> str:
     try:
         password = _first_line(done.stdout)
     except UnicodeDecodeError:
-        raise StartError("the password command of --auth printed no UTF-8") from None
+        raise StartError("the password command of --auth printed text that is not UTF-8") from None
     if not password:
         raise StartError("the password command of --auth printed no password")
     return password
@@ -2779,7 +2779,7 @@ def _run_lookup(*arguments: str) -> Tuple[str, str]:
     except FileNotFoundError:
         return "", "no program %s" % arguments[0]
     except UnicodeDecodeError:      # whose text would show some of it
-        return "", "%s: it printed no UTF-8" % arguments[0]
+        return "", "%s: its output is not UTF-8" % arguments[0]
     except (OSError, subprocess.TimeoutExpired) as error:
         return "", "%s: %s" % (arguments[0], error)
     errors = done.stderr.decode("utf-8", "replace").strip()
@@ -2914,7 +2914,7 @@ def _run_daemon(options: types.SimpleNamespace, log: Log) -> int:
     def stopping() -> None:
         _notify(notify, b"STOPPING=1")
         if on_terminal:
-            _tell("stopping, when mails under way are delivered; Ctrl-C again: at once")
+            _tell("stopping once the mails under way are delivered; Ctrl-C again stops at once")
     gc.freeze()         # what is there now stays: the collector need not look through it for ever
     _notify(notify, b"READY=1")
     server.serve_forever(stopping)

@@ -1550,7 +1550,7 @@ class Delivery(ProgramCase):
 
     def test_without_posix_spawn(self):
         for error in AttributeError, OSError, MemoryError, ImportError:
-            with mock.patch.object(msmtpd, "_posix_spawn", side_effect=error), self.subTest(error):
+            with mock.patch.object(msmtpd, "_glibc_spawn", side_effect=error), self.subTest(error):
                 self.repeat(self.test_what_it_inherits)
                 if error is ImportError:
                     self.repeat_most()
@@ -1742,14 +1742,14 @@ class Authentication(ServerCase):
             self.assertEqual(client.do("AUTH PLAIN " + self.RIGHT)[:9], "503 5.5.1")
 
     def test_no_line_with_a_password_is_kept(self):
-        msmtpd._split_again.cache_clear()
+        msmtpd._split_cached.cache_clear()
         with Client(self.serve()) as client:
             client.reply()
             client.do("AUTH LOGIN", encoded("user"), encoded("secret"))     # not before EHLO
             client.do("EHLO x", "AUTH PLAIN " + self.WRONG, "auth plain " + self.WRONG[::-1],
                       " AUTH PLAIN " + self.WRONG)
             self.assertEqual(client.do("AUTH PLAIN", self.RIGHT)[:3], "235")
-        self.assertEqual(msmtpd._split_again.cache_info().currsize, 1)      # EHLO
+        self.assertEqual(msmtpd._split_cached.cache_info().currsize, 1)      # EHLO
 
     def test_no_web_page_in_between(self):
         with Client(self.serve()) as client:
@@ -4164,7 +4164,7 @@ class Daemon(ProgramCase):
     def test_terminal(self):
         daemon, shown = self.on_terminal("--command=cat -- ")
         self.assertRegex(shown, r"\Amsmtpd: listening on \[127.0.0.1\]:%d, piping mails to: cat -- "
-                         r" \(to try it: nc 127.0.0.1 %d; .*\)\s+msmtpd: stopping, .*\s+\Z"
+                         r" \(to try it: nc 127.0.0.1 %d; .*\)\s+msmtpd: stopping once .*\s+\Z"
                          % (daemon.port, daemon.port))
         _, shown = self.on_terminal("--log=-", log=False)
         self.assertEqual(shown.count("listening on"), 1)
@@ -5252,7 +5252,7 @@ class Passwords(PeerCase):
     def test_what_a_look_up_that_fails_prints_is_no_password(self):
         self.home["PATH"] = self.folder
         for script, says in (("echo usage; exit 2", "no such entry"),
-                             ("printf 'pa\\377ss'", "secret-tool: it printed no UTF-8")):
+                             ("printf 'pa\\377ss'", "secret-tool: its output is not UTF-8")):
             self.script("secret-tool", "#!/bin/sh\n" + script + "\n")
             with self.subTest(script):
                 self.check_refusal("--auth=joe", env=self.home, says=says)
@@ -5290,7 +5290,7 @@ class Passwords(PeerCase):
         for command, says in (("exit 7", "failed, with exit status 7"),
                               ("true", "printed no password"),
                               ("echo; echo secret", "printed no password"),
-                              ("printf '\\377\\n'", "printed no UTF-8"),
+                              ("printf '\\377\\n'", "printed text that is not UTF-8"),
                               ("no-such-program 2>/dev/null", "failed, with exit status 127")):
             with self.subTest(command=command):
                 self.check_refusal("--auth=joe," + command, says=says)
@@ -5898,7 +5898,7 @@ class Smuggling(ServerCase):
                 places = (0, *cuts, len(sent))
                 pieces = [sent[a:b] for a, b in zip(places, places[1:])]
                 wire = msmtpd.Wire(0, 0, lambda size: pieces.pop(0), len, print, slots, PATIENCE)
-                said = b"".join(wire.read_body(before, ends))
+                said = b"".join(wire.read_mail_data(before, ends))
                 self.assertEqual((said, wire.read_line(100)), (body, (b"NOOP", b"\r\n")), cuts)
 
     def test_one_line_end_with_cr_is_enough_to_be_strict(self):

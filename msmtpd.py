@@ -13,9 +13,9 @@ is the SMTP server that Python's standard library no longer has:
         smtplib.SMTP(server.host, server.port).sendmail("a@example.org", ["b@example.org"], "Hi")
     print(mails[0].sender, mails[0].recipients, mails[0].data)
 
-A client is told that its mail is accepted only once `deliver` has returned; what `deliver`
-raises, a TemporaryFailure or PermanentFailure, is what the client is told instead. To serve
-errors on purpose, define one verb's method in a subclass of Session; see there.
+A client is told that its mail is accepted only once `deliver` has returned. If it raises a
+TemporaryFailure or PermanentFailure, the client is told that instead. To answer with errors on
+purpose, override a verb's method in a subclass of Session; see there.
 
 The protocol is RFC 5321 with PIPELINING (RFC 2920), SIZE (1870), 8BITMIME (6152), SMTPUTF8
 (6531), ENHANCEDSTATUSCODES (2034, 3463), STARTTLS (3207) and AUTH PLAIN and LOGIN (4954).
@@ -72,15 +72,15 @@ __all__ = ["Server", "Session", "Mail", "Peer", "Reply", "Command", "TemporaryFa
            "PermanentFailure", "Refused", "Disconnect", "one_user", "smtpd_handler", "main"]
 
 # ---------------------------------------------------------------------------------------------
-# Limits; those that are to be chosen are arguments of Server and Command, these their defaults
+# Limits; some are the defaults of arguments of Server and Command
 # ---------------------------------------------------------------------------------------------
 
 MAX_SIZE = 64 * 1024 * 1024        # bytes of mail data as received; at least 64 K: 4.5.3.1.7
-MAX_MEMORY = 1024 * 1024           # bytes of one mail's data kept in memory, beyond it a file
+MAX_MEMORY = 1024 * 1024           # bytes of mail data kept in memory; if larger, it goes to a file
 MAX_SESSIONS = 16                  # served at a time, further clients wait in the listen queue
 MAX_RECIPIENTS = 1000              # of one mail; at least 100: RFC 5321 4.5.3.1.8
-MAX_RECIPIENT_BYTES = 256 * 1024   # of all of them; they become arguments, which ARG_MAX bounds
-MAX_LINE = 2048                    # bytes, end included; at least 512 and extensions: 4.5.3.1.4
+MAX_RECIPIENT_BYTES = 256 * 1024   # of all together: they become arguments, which ARG_MAX bounds
+MAX_LINE = 2048                    # bytes, end included; at least 512 plus extensions: 4.5.3.1.4
 MAX_AUTH_LINE = 12288              # bytes of a line in an AUTH exchange: RFC 4954 section 4
 MAX_ENDLESS_LINE = 65536           # bytes after which the end of a line is no longer waited for
 MAX_ERRORS = 10                    # protocol errors in a session, the last answered by 421
@@ -91,19 +91,19 @@ MAX_ERROR_TEXT = 300               # bytes of it that a reply repeats
 MAX_LOGGED = 200                   # characters of a value from outside that a log line repeats
 TIMEOUT = 300.0                    # seconds that a client may be silent: RFC 5321 4.5.3.2.7
 FULL_TIMEOUT = 10.0                # the same while all sessions are taken
-MIN_RATE = 500.0                   # bytes per second that mail data has to come at
+MIN_RATE = 500.0                   # bytes per second at which mail data has to come
 DELIVERY_TIMEOUT = 540.0           # seconds for a command: clients wait 600, RFC 5321 4.5.3.2.6
 KILL_DELAY = 5.0                   # seconds from a command's SIGTERM to its SIGKILL
-AUTH_DELAY = 1.0                   # seconds by which a failure, and what follows it, is late
-AUTH_MEMORY = 60.0                 # seconds for which a failure makes every answer late
+AUTH_DELAY = 1.0                   # seconds by which the answer to a failed AUTH is late
+AUTH_MEMORY = 60.0                 # seconds after a failure for which every answer to AUTH is late
 GRACE = 30.0                       # seconds that the program gives mail data when it is stopped
-MAX_LEFT = 16                      # commands that nothing can end; with more, mails are deferred
-MOMENT = 0.02                      # seconds that a socket waits without an eye on the stop
-SHORT_PAUSE = 0.0005               # seconds until the first look whether a command has ended
+MAX_LEFT = 16                      # mails are deferred once so many commands cannot be ended
+MOMENT = 0.02                      # seconds for which a call on a socket may block, blind to a stop
+SHORT_PAUSE = 0.0005               # seconds until the first look at whether a command has ended
 LISTEN_QUEUE = 4096                # clients that wait; the kernel may cut it, Linux to somaxconn
 CHUNK = 65536                      # bytes per read
-LARGE_CHUNK = 196608               # the same of a large mail: fewer wake-ups, yet in the cache
-GATHERED = 4096                    # bytes of replies that wait for what else is to be sent
+LARGE_CHUNK = 196608               # the same for a large mail: fewer wake-ups, yet fits the cache
+GATHERED = 4096                    # bytes of replies to gather; more are sent at once
 
 
 # ---------------------------------------------------------------------------------------------
@@ -157,7 +157,7 @@ class Disconnect(Exception):
 
 
 class _Failure(Exception):
-    """What `deliver` and `check` raise, of the class that the first digit of its codes names."""
+    """What `deliver` and `check` raise; the codes of each subclass begin with its `digit`."""
 
     digit = 0
 
@@ -185,8 +185,8 @@ class TemporaryFailure(_Failure):
     """Raised by `deliver` or `check`: the client should try again later.
 
     text: what the client is told, in printable ASCII. code: from 400 to 499, 451 if None; 421 ends
-    the session. enhanced: as "4.X.X" (RFC 3463), the usual one of the place if None. details:
-    lines for the log. Raises ValueError for codes of another class.
+    the session. enhanced: as "4.X.X" (RFC 3463); if None, as for PermanentFailure, with 4 for 5.
+    details: lines for the log. Raises ValueError for codes of another class.
     """
 
     digit = 4
@@ -215,14 +215,14 @@ class Spool:
         self.size = 0
 
     def write(self, data: bytes) -> None:
-        """Append `data`. Raises OSError where the disk, MemoryError where the memory is full."""
+        """Append `data`. Raises OSError if the disk is full, MemoryError if memory is."""
         size = self.size + len(data)
         if size > MAX_MEMORY and not self._on_disk:
             self._move_to_disk()
         elif size > CHUNK and not self.has_descriptor:
             self._move_to_memory()
         self._file.write(data)
-        self._file.flush()      # now, not where nobody looks for an error any more
+        self._file.flush()      # now, while an error is still noticed
         self.size = size
 
     def ensure_descriptor(self) -> None:
@@ -231,7 +231,7 @@ class Spool:
             self._move_to_disk()
 
     def _move_to_memory(self) -> bool:
-        """Move the data to memory that has a descriptor; return whether there is such."""
+        """Move the data to memory with a descriptor; return False if the system has none."""
         try:
             memory = os.memfd_create("msmtpd")
         except (AttributeError, OSError):   # not Linux, or forbidden
@@ -280,8 +280,8 @@ class Mail:
     sender: the reverse-path, "" for <>. recipients: the forward-paths, in the order accepted.
     peer: the client's Peer. helo: the name it gave. user: as whom it authenticated, or None.
     tls: whether it came over TLS. smtputf8: whether its addresses may be more than ASCII.
-    outcome: what a `deliver` may set to have it in the log line, as Command sets "exit=0".
-    spool: the mail data, kept for as long as the mail is. Not for several threads at a time.
+    outcome: text for the log line, which a `deliver` may set, as Command sets "exit=0".
+    spool: the mail data, kept for as long as this object. To be used by one thread at a time.
     """
 
     def __init__(self, sender: str, recipients: Sequence[str] = (), data: bytes = b"", *,
@@ -306,8 +306,8 @@ class Mail:
 
     @property
     def data(self) -> bytes:
-        """The mail data: transparency (RFC 5321 4.5.2) undone, each line, the last, too, ended by
-        LF, a bare CR made a space, all else as it came."""
+        """The mail data, with transparency (RFC 5321 4.5.2) undone: each line, also the last, ends
+        in LF, a bare CR has become a space, and all else is as it came."""
         return self.file.read()
 
     @property
@@ -322,12 +322,12 @@ class Mail:
 
 
 def _refuse_result(result: object) -> None:
-    """Raise TypeError where `deliver` or `check` returned an awaitable, or what is to refuse.
+    """Raise TypeError if `deliver` or `check` returned an awaitable, or what was meant to refuse.
 
-    Taken for consent, either would lose the mail.
+    Taken for success, either would lose the mail.
     """
     if hasattr(result, "__await__"):
-        getattr(result, "close", lambda: None)()    # or else Python warns of it, sometime later
+        getattr(result, "close", lambda: None)()    # or else Python warns of it later
         raise TypeError("deliver and check have to be plain functions, not async ones")
     if result is False or isinstance(result, str) and re.match("[45][0-9][0-9]", result):
         raise TypeError("to refuse, raise TemporaryFailure or PermanentFailure; %r was returned"
@@ -336,7 +336,7 @@ def _refuse_result(result: object) -> None:
 
 class Settings(collections.namedtuple("Settings", (
         "deliver", "check", "tls", "starttls", "received", "max_size", "timeout"))):
-    """What all sessions of a server share: as Server's arguments."""
+    """What all sessions of a server share; see Server's arguments."""
 
     __slots__ = ()
 
@@ -385,7 +385,7 @@ def _tell(text: str) -> None:
 
 @functools.lru_cache(maxsize=64)
 def _encode(code: int, enhanced: str, lines: Sequence[str]) -> bytes:
-    """A reply as it is sent; the same few are sent again and again."""
+    """A reply as it is sent; cached, since the same few are sent again and again."""
     prefix = enhanced and enhanced + " "
     texts = ["%d-%s%s" % (code, prefix, _plain(line)) for line in lines]
     texts[-1] = texts[-1].replace("-", " ", 1)
@@ -412,28 +412,28 @@ def _shown(value: str) -> str:
 # Grammar: pure functions on text
 # ---------------------------------------------------------------------------------------------
 
-# RFC 5321 4.1.2 and RFC 6531 3.3, but for dots, which devices put anywhere in a local part, and
-# for underscores in domains.
+# RFC 5321 4.1.2 and RFC 6531 3.3, except that dots may be anywhere in a local part, where
+# some devices put them, and underscores in domains.
 _ATEXT = r"""[^\x00-\x20\x7f"(),:;<>@\[\\\]]"""
 _LOCAL_PART = r"""(?:%s+|"(?:[^\x00-\x1f\x7f"\\]|\\[ -~])*")""" % _ATEXT
-# Named by what it is not: a set that reaches to U+10FFFF takes 45 ms to compile.
+# Letters, digits and _, as a negated set: one that reaches to U+10FFFF takes 45 ms to compile.
 _LETTERS = r"[^\x00-/:-@\[-^`{-\x7f]+"
 _LITERAL = (r"\[(?:[0-9]{1,3}(?:\.[0-9]{1,3}){3}|IPv6:[0-9A-Fa-f:.]+"
             r"|(?!IPv6:)[0-9A-Za-z-]*[0-9A-Za-z]:[!-Z^-~]+)\]")
 _DOMAIN = r"(?:{0}(?:(?:-+|\.){0})*|{1})".format(_LETTERS, _LITERAL)
-# A source route is dropped, so that its domains need no second look.
+# A source route is dropped, so its domains are not checked.
 _PATH = re.compile(
     r' *(?P<angle><(?:@[^\s"<>@,]+(?:,(?=@)|:(?!@)))*)?(?P<mailbox>%s(?:@%s)?)?(?(angle)>)'
     r"(?: +(?P<rest>.*))?" % (_LOCAL_PART, _DOMAIN))
 _PARAMETER = r"([0-9A-Za-z][0-9A-Za-z-]*)(?:=([^\x00-\x20\x7f]*))?"
 
-# Those that are offered, and those that some clients send although they are not.
+# Parameters that are offered, and those that some clients send although they are not.
 MAIL_PARAMETERS = frozenset(("SIZE", "BODY", "SMTPUTF8", "AUTH", "RET", "ENVID"))
 RCPT_PARAMETERS = frozenset(("NOTIFY", "ORCPT"))
 
 _INERT = "ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789@._+/=:%,-"
 
-# What web pages can make a browser send, and what else speaks HTTP.
+# Methods that web pages can make a browser send, and those of other HTTP clients.
 HTTP_METHODS = frozenset(
     b"CONNECT DELETE GET HEAD OPTIONS PATCH POST PRI PROPFIND PUT TRACE".split())
 
@@ -443,9 +443,9 @@ class HTTPRequest(Exception):
 
 
 def parse_verb(line: bytes) -> Tuple[str, str]:
-    """Split a command line, without its end, into its verb in upper case and its argument.
+    """Split a client's line, without its end, into its verb in upper case and its argument.
 
-    Raises HTTPRequest, and ValueError saying what is wrong with its bytes.
+    Raises HTTPRequest, or ValueError saying what is wrong with its bytes.
     """
     return (_split_cached if line[:5].rstrip(b" ").upper() in _REPEATED else _split)(line)
 
@@ -463,7 +463,7 @@ def _split(line: bytes) -> Tuple[str, str]:
     return (verb.upper() if verb.isascii() else ""), argument.strip(" ")
 
 
-# The same few lines come again and again; any but these may hold a password.
+# Lines with these verbs come again and again; any other, which may hold a password, is not kept.
 _REPEATED = frozenset(b"EHLO HELO MAIL RCPT DATA RSET NOOP QUIT".split())
 _split_cached = functools.lru_cache(maxsize=64)(_split)
 
@@ -482,7 +482,7 @@ def parse_path(argument: str, keyword: str) -> Optional[Tuple[Optional[str], str
     angle, address, rest = match.group("angle", "mailbox", "rest") if match else ("", None, "")
     if address is None:
         return ("" if angle == "<" else None), rest or ""
-    # A leading hyphen could become an option of the command; unprintable is what no one can see.
+    # A leading hyphen could make it an option of the command; what is unprintable, nobody can see.
     valid = not address.startswith("-") and address.isprintable()
     return (address if valid else None), rest or ""
 
@@ -499,7 +499,7 @@ def parse_parameters(text: str) -> Optional[Dict[str, str]]:
 
 
 def is_inert(address: str) -> bool:
-    """Whether no shell, here or behind the command, can read anything into `address`."""
+    """Whether no shell, the command's own or one behind it, can read `address` as code."""
     return not address.strip(_INERT) or all(
         c in _INERT or (c > "\x7f" and c.isalpha()) for c in address)
 
@@ -511,7 +511,7 @@ def is_http(line: bytes) -> bool:
 
 
 def is_header(line: bytes) -> bool:
-    """Whether a line looks like a header field rather than a command."""
+    """Whether a line looks like a header field rather than a verb and its argument."""
     name, colon, _ = line.partition(b":")
     return colon != b"" and name.replace(b"-", b"0").isalnum()
 
@@ -528,7 +528,7 @@ def decode_base64(text: bytes) -> Optional[bytes]:
 def parse_plain(response: bytes) -> Optional[Tuple[str, str]]:
     """User and password in a PLAIN response (RFC 4616 section 2), None where it is not one.
 
-    For whom else the user wants to act, the authorization identity, is not looked at.
+    The authorization identity, for whom the user wants to act, is ignored.
     """
     fields = response.split(b"\0")
     if len(fields) != 3:
@@ -540,7 +540,7 @@ def parse_plain(response: bytes) -> Optional[Tuple[str, str]]:
 
 
 def shown_name(argument: str) -> str:
-    """The name of a HELO or EHLO as the Received line shows it."""
+    """The name given with HELO or EHLO, as the Received line shows it."""
     if not argument:
         return "unknown"
     return argument if re.fullmatch(r"[0-9A-Za-z._:\[\]-]{1,255}", argument) else "invalid"
@@ -559,16 +559,16 @@ def mail_date(when: float) -> str:
     t = time.localtime(when)
     days = ("Mon", "Tue", "Wed", "Thu", "Fri", "Sat", "Sun")
     months = ("Jan", "Feb", "Mar", "Apr", "May", "Jun", "Jul", "Aug", "Sep", "Oct", "Nov", "Dec")
-    # The names would follow the locale; email.utils, which has them, is dear to import.
+    # strftime's names would follow the locale; email.utils, which has them, is slow to import.
     return "%s, %d %s %s" % (days[t.tm_wday], t.tm_mday, months[t.tm_mon - 1],
                              time.strftime("%Y %H:%M:%S %z", t))
 
 
 class Transparency:
-    """Mail data as received, in pieces cut anywhere, made into lines that end in LF.
+    """Turns mail data as received, in pieces cut anywhere, into lines that end in LF.
 
-    One leading dot of a line is removed (RFC 5321 4.5.2), and a bare CR, which could smuggle a
-    command past the next server, becomes a space.
+    One leading dot of a line is removed (RFC 5321 4.5.2), and a bare CR, which the next server
+    might take for the end of a line (SMTP smuggling), becomes a space.
     """
 
     def __init__(self) -> None:
@@ -576,7 +576,7 @@ class Transparency:
         self._at_line_start = True
 
     def decode(self, piece: bytes) -> bytes:
-        """The next piece, converted. The last one has to end in LF."""
+        """Return the next piece, converted. The last one has to end in LF."""
         if self._held:
             piece, self._held = self._held + piece, b""
         if piece.endswith(b"\r"):
@@ -594,7 +594,7 @@ class Transparency:
 
 
 # ---------------------------------------------------------------------------------------------
-# Wire: bytes, lines, bodies and deadlines
+# Wire: bytes, lines, mail data and deadlines
 # ---------------------------------------------------------------------------------------------
 
 class Gone(Exception):
@@ -602,19 +602,19 @@ class Gone(Exception):
 
 
 class Silent(Exception):
-    """The client neither spoke nor read for as long as it may, or was too slow."""
+    """The client neither sent nor took anything for too long, or was too slow."""
 
 
 class Stopping(Exception):
-    """The server stops, and this session with it."""
+    """The server is stopping, and this session with it."""
 
 
 class TLSHello(Exception):
-    """The client speaks TLS where it should not yet."""
+    """The client began TLS where plain text was due."""
 
 
 class LineTooLong(Exception):
-    """A line exceeds the limit; `start` is its beginning, `endless` whether it had no end."""
+    """A line is too long; `start` is its beginning, `endless` whether its end was given up on."""
 
     def __init__(self, start: bytes, endless: bool) -> None:
         super().__init__(start, endless)
@@ -622,7 +622,7 @@ class LineTooLong(Exception):
 
 
 class _Watch:
-    """Waits for descriptors, once or again and again, which is then cheaper."""
+    """Waits for descriptors. To reuse one is cheaper than to make another."""
 
     def __init__(self, readers: Iterable[int], writers: Iterable[int] = ()) -> None:
         self._readers, self._writers = readers, writers
@@ -634,7 +634,7 @@ class _Watch:
                 self._poll.register(descriptor, select.POLLOUT)
 
     def wait(self, seconds: Optional[float]) -> Collection[int]:
-        """Wait for so many seconds, 0 or more, or for ever; return which descriptors are ready."""
+        """Wait up to `seconds`, 0 or more, for ever if None; return the descriptors then ready."""
         if self._poll:
             return dict(self._poll.poll(None if seconds is None else 1000 * seconds))
         ready = select.select(self._readers, self._writers, (), seconds)
@@ -642,11 +642,11 @@ class _Watch:
 
 
 class Slots:
-    """Whether the sessions are to end, and whether all that there may be are taken.
+    """Whether the sessions are to end, and whether all slots for them are taken.
 
-    Each session reads it, and only its server changes it. `drain`, which a signal handler may
-    call, wakes all who wait for `descriptor`: the writer is closed, of which this is the reader.
-    waiting: who waits for a further client, None where there can be none.
+    Sessions only read it; their server changes it. `drain`, which a signal handler may call,
+    wakes all who wait for `descriptor`, by closing its other end. waiting: the threads that wait
+    for a client, None where there can be no further one.
     """
 
     def __init__(self, wake_reader: Any, wake_writer: Any) -> None:
@@ -661,38 +661,38 @@ class Slots:
 
     @property
     def full(self) -> bool:
-        """Whether all the sessions are taken that there may be."""
+        """Whether all slots are taken."""
         return self.waiting is not None and not self.waiting
 
     def drain(self, grace: float, patience: float) -> None:
-        """End sessions that wait for a verb now, those that read mail data in `grace` seconds."""
+        """Begin to end the sessions, as Server.drain says."""
         until = time.monotonic() + grace
         self.leave_at = min(self.leave_at, until + patience)
         self.drain_until = until if self.drain_until is None else min(self.drain_until, until)
         try:
             if not self.is_copy() and hasattr(self._writer, "shutdown"):
-                self._writer.shutdown(2)        # SHUT_RDWR, also of what a fork has copied
+                self._writer.shutdown(2)        # SHUT_RDWR: reaches a fork's copies, too
         except OSError:     # closed before
             pass
         self._writer.close()
 
     def is_copy(self) -> bool:
-        """Whether this is what a fork copied, without the threads of the sessions."""
+        """Whether this process was forked since, and so lacks the threads of the sessions."""
         return os.getpid() != self._pid
 
     def close(self) -> None:
-        """Give back the descriptors. Nobody may wait for them."""
+        """Close the descriptors. Nobody may be waiting for them."""
         self._writer.close()
         self._reader.close()
 
-    __del__ = close     # where somebody was left behind
+    __del__ = close     # for when a session was left behind
 
 
 class Wire:
-    """The client's bytes: read by the line or by the body, replies gathered and sent together.
+    """The client's bytes, read as lines or as mail data; replies are gathered and sent together.
 
     Works on one socket or on two descriptors, be they pipes, sockets or a terminal. Every method
-    that waits raises Gone, Silent or Stopping.
+    that waits raises Gone, Silent or Stopping, but for has_left and close.
     """
 
     def __init__(self, source: int, sink: int, receive: Callable[[int], bytes],
@@ -710,8 +710,8 @@ class Wire:
         """The wire on a connected socket."""
         import socket
         import struct
-        # It takes a timeval, but a mere number on Windows; and where the high byte comes first,
-        # its microseconds are on some machines only the first half of a long.
+        # A socket's timeouts are a timeval, but a plain number on Windows; and on some big-endian
+        # machines its microseconds are only the first half of a long.
         blocking = (os.name == "posix" and sys.byteorder == "little"
                     and connection.gettimeout() is None)
         moment = struct.pack("ll", 0, int(1e6 * MOMENT))
@@ -727,7 +727,7 @@ class Wire:
 
     @classmethod
     def of_descriptors(cls, source: int, sink: int, slots: Slots, timeout: float) -> Wire:
-        """The wire on two descriptors, which are left as they are: others may share them."""
+        """The wire on two descriptors, whose flags are left alone: others may share them."""
         readable, ready_to_take = _Watch((source,)), _Watch((), (sink,))
 
         def receive(size: int) -> bytes:
@@ -738,14 +738,14 @@ class Wire:
         def send(data: bytes) -> int:
             if not ready_to_take.wait(0):
                 raise BlockingIOError
-            return os.write(sink, data[:512])   # POSIX's PIPE_BUF: what fits when one may write
+            return os.write(sink, data[:512])   # POSIX's least PIPE_BUF: fits once writable
         return cls(source, sink, receive, send, lambda: None, slots, timeout)
 
     def read_line(self, limit: int) -> Tuple[bytes, bytes]:
-        """Return the next line, and apart from it its end, LF or CR LF.
+        """Return the next line without its end, and that end, LF or CR LF.
 
-        Raises LineTooLong beyond `limit` bytes, after the end of that line or MAX_ENDLESS_LINE,
-        and TLSHello.
+        Raises LineTooLong beyond `limit` bytes, once the line has ended or MAX_ENDLESS_LINE is
+        reached, and TLSHello.
         """
         deadline = time.monotonic() + self._timeout
         data = self._input or self._pull(deadline, idle=True)
@@ -765,22 +765,22 @@ class Wire:
     def read_mail_data(self, before: bytes, ends: Sequence[bytes]) -> Iterator[bytes]:
         """Yield mail data as it was received, in pieces, up to the first of `ends`.
 
-        Each end begins with the end of the data's last line, which still is part of the data,
-        or else is `before`, the end of the line before it.
+        Each of these begins with a line end: that of the last line of the data, which is yielded,
+        too, or, if the data is empty, `before`, that of the line before the data.
         """
         start = time.monotonic()
         data, self._input = self._input or self._pull(start + self._timeout), b""
         received = len(data)
         data, done = before + data, len(before)     # data[:done] is not to be yielded
         while True:
-            # One byte is found ten times as fast as a string, and attachments have no dots.
+            # One byte is found ten times as fast as a string, and base64 has no dots.
             found = b"." in data and [(data.find(end), end) for end in ends if end in data]
             if found:
                 at, end = min(found)
                 self._input = data[at + len(end):]
                 yield data[done:at + end.index(b".")]
                 return
-            keep = max(0, len(data) - 4)                # an end, but for its last byte
+            keep = max(0, len(data) - 4)                # the longest end, less its last byte
             piece, data, done = data[done:keep], data[keep:], max(0, done - keep)
             if piece:
                 yield piece
@@ -803,7 +803,7 @@ class Wire:
             self._push(data, time.monotonic() + self._timeout)
 
     def has_left(self) -> bool:
-        """Whether the client has closed its side, asked without waiting for it."""
+        """Whether the client has closed its side by now; does not wait for it to."""
         try:
             if not (self._unheard or self._input) and _Watch((self._source,)).wait(0):
                 self._input += self._pull(time.monotonic() + 1.0)
@@ -816,9 +816,9 @@ class Wire:
     def close(self, farewell: bytes, linger: bool) -> None:
         """Send `farewell` if the client takes it within a second, or else give it up.
 
-        linger: whether to drop for a while what the client still sends, if it does not expect the
-        end: a socket that is closed with unread input is reset, and the client may never see the
-        farewell.
+        linger: whether to read and drop for a while what the client still sends, as it does not
+        expect the end: a socket that is closed with unread input is reset, and the client may
+        never see the farewell.
         """
         deadline = time.monotonic() + 1.0
         data, self._output = self._output + farewell, b""
@@ -826,7 +826,7 @@ class Wire:
             self._push(data, deadline)
             if linger:
                 self._end_output()
-                if self._slots.full:        # somebody may wait for this one
+                if self._slots.full:        # somebody may be waiting for this slot
                     deadline = time.monotonic() + 0.1
                 while self._slots.drain_until is None:
                     self._pull(deadline, idle=True)
@@ -834,13 +834,13 @@ class Wire:
             pass
 
     def _pull(self, deadline: float, idle: bool = False, size: int = CHUNK) -> bytes:
-        """Return the client's next bytes, at most `size`, after sending it what there is."""
+        """Return the client's next bytes, at most `size`, after sending it what is gathered."""
         if self._output:
             self.flush()
         if self._slots.drain_until is not None or time.monotonic() >= deadline:
             self._wait(True, deadline, idle)
-        # Mostly the client speaks at once. A socket itself waits for that, which costs one system
-        # call instead of two, and the interpreter is left to others only once.
+        # Mostly the client speaks at once. A socket waits a MOMENT for that by itself, which costs
+        # one system call instead of two, and releases the interpreter lock only once.
         while True:
             try:
                 data = self._receive(size)
@@ -854,9 +854,9 @@ class Wire:
             return data
 
     def _push(self, data: bytes, deadline: float) -> None:
-        """Send `data`, waiting where the client does not read it.
+        """Send `data`, waiting while the client does not read.
 
-        Where the client can hear no more, what it has sent before is still to be read.
+        If it takes no more at all, that is no error: what it sent before is still to be read.
         """
         while data and not self._unheard:
             try:
@@ -867,7 +867,7 @@ class Wire:
                 self._unheard = True
 
     def _wait(self, reading: bool, deadline: float, idle: bool = False) -> None:
-        """Wait for the client; `idle` says that it is in the middle of nothing."""
+        """Wait for the client; if `idle`, a stop of the server ends the wait at once."""
         slots, client = self._slots, self._source if reading else self._sink
         stop: Tuple[int, ...] = (slots.descriptor,)
         end, turn = deadline, FULL_TIMEOUT
@@ -875,7 +875,7 @@ class Wire:
             if slots.drain_until is not None:
                 if idle:
                     raise Stopping
-                # In short turns, as a further drain may shorten it.
+                # In short turns, as a further drain may bring the end forward.
                 stop, end, turn = (), min(deadline, slots.drain_until), 0.2
             left = end - time.monotonic()
             if left <= 0:
@@ -890,7 +890,7 @@ class Wire:
 
 
 class TLSWire(Wire):
-    """A wire within TLS, on any other wire, whose unread input is dropped (CVE-2021-38371)."""
+    """A wire within TLS on the wire `plain`, whose unread input is dropped (CVE-2011-0411)."""
 
     def __init__(self, plain: Wire, context: ssl.SSLContext) -> None:
         import ssl
@@ -911,11 +911,11 @@ class TLSWire(Wire):
         return self._tls.version() or ""
 
     def has_left(self) -> bool:
-        """As Wire's; what is not decrypted yet is not looked at."""
+        """As Wire's; what has come but is not decrypted yet is not looked at."""
         return not self._tls.pending() and super().has_left()
 
     def close(self, farewell: bytes, linger: bool) -> None:
-        """As Wire's, with TLS's own farewell behind it."""
+        """As Wire's, followed by TLS's own farewell."""
         super().close(farewell, False)
         try:
             self._tls.unwrap()      # RFC 8446 6.1; the answer is not awaited
@@ -953,16 +953,16 @@ class TLSWire(Wire):
 
 
 # ---------------------------------------------------------------------------------------------
-# Session: one method a verb
+# Session: one method for each verb
 # ---------------------------------------------------------------------------------------------
 
 class Session:
-    """One client's dialogue, made by a Server. A subclass changes what a verb does, by its method.
+    """One client's dialogue, made by a Server. To change what a verb does, override its method.
 
-    A method takes the verb's argument, a str without control characters and outer spaces. It
+    A method takes the verb's argument, a str without control characters or outer spaces. It
     returns a Reply, or None for no (further) reply, or raises Refused or Disconnect; a reply 221
     or 421 ends the session, and so does any other exception. A further verb needs a method and
-    an entry in VERBS. One method that refuses a recipient, one that is slow, one that drops the
+    an entry in VERBS. Here one method refuses a recipient, one is slow, and one drops the
     connection:
 
     >>> import msmtpd, smtplib, time
@@ -988,8 +988,8 @@ class Session:
     dropped
 
     number: of this session in its server, from 1. peer: the client's Peer. helo: the name it
-    gave, "" before that. user: as whom it authenticated, or None. mail: the Mail in transaction,
-    None outside of MAIL to the end of DATA.
+    gave, "" before that. user: as whom it authenticated, or None. mail: the Mail of the
+    transaction, from MAIL to the end of the mail data, or None.
     """
 
     def __init__(self, wire: Wire, settings: Settings, authenticator: Optional[Authenticator],
@@ -1003,14 +1003,14 @@ class Session:
         self._debugging, self._informing = log.isEnabledFor(DEBUG), log.isEnabledFor(INFO)
         self._tls = False           # inside TLS
         self._protocol = ""         # by the last greeting, "" before that
-        self._extended = False      # EHLO was said, if not last
-        self._room = 0              # bytes that further recipients of the transaction may have
-        self._first_line = True     # none was read so far
-        self._line_end = b""        # of the last one
-        self._bare_lf = True        # each of them ended in LF without CR
+        self._extended = False      # EHLO was said, even if HELO followed
+        self._room = 0              # bytes left for further recipients of the transaction
+        self._first_line = True     # no line was read so far
+        self._line_end = b""        # of the last line
+        self._bare_lf = True        # each line so far ended in LF without CR
         self._errors = 0            # protocol errors
         self._failures = 0          # of AUTH
-        self._undelivered = False   # at least one mail
+        self._undelivered = False   # at least one mail was not delivered
 
     def run(self) -> bool:
         """Serve the client to the end; raise nothing.
@@ -1049,7 +1049,7 @@ class Session:
     # The dialogue
 
     def _converse(self) -> Reply:
-        """Greet, and answer line by line; return the reply that closes the channel."""
+        """Greet, and answer line by line; return the reply that ends the session."""
         if self._settings.tls and not self._settings.starttls:
             self._start_tls()
         reply: Optional[Reply] = self.greet()
@@ -1065,7 +1065,7 @@ class Session:
         return Reply(220, "", "localhost ESMTP msmtpd")
 
     def _answer(self) -> Optional[Reply]:
-        """Read one command and return what it is answered, None for nothing more."""
+        """Read one line and return the reply to it, None for no further one."""
         verb = argument = ""
         try:
             verb, argument = self._read_verb()
@@ -1083,7 +1083,7 @@ class Session:
             return refusal.reply
 
     def _read_verb(self) -> Tuple[str, str]:
-        """Return the next command's verb, in upper case, and its argument."""
+        """Return the next line's verb, in upper case, and its argument."""
         line = self._read_line()
         if len(line) + len(self._line_end) > MAX_LINE and line[:5].upper() != b"AUTH ":
             self._refuse_http(line)
@@ -1093,7 +1093,7 @@ class Session:
         except ValueError as error:
             raise Refused(Reply(500, "5.5.2", str(error))) from None
         if self._debugging:
-            # Only what cannot be a password, as the lines after an AUTH that was refused may be.
+            # Only what cannot be a password, which the lines after a refused AUTH may hold.
             shown = verb if verb in self.VERBS else "(unknown)"
             if verb in ("EHLO", "HELO", "MAIL", "RCPT"):
                 shown += " " + argument
@@ -1112,12 +1112,12 @@ class Session:
             raise Refused(Reply(500, "5.5.2", "Line too long")) from None
         if self._line_end != b"\n":
             self._bare_lf = False
-        if self._first_line:        # the others parse_verb looks at, and at the same one once
+        if self._first_line:        # parse_verb looks at later ones, once at those it caches
             self._refuse_http(line)
         return line
 
     def _refuse_http(self, line: bytes) -> None:
-        """Raise HTTPRequest where a web page speaks: behind its request could stand a mail."""
+        """Raise HTTPRequest for a browser: a web page could put a mail behind its request."""
         if is_http(line) or self._first_line and is_header(line):
             raise HTTPRequest
         self._first_line = False
@@ -1190,7 +1190,7 @@ class Session:
         is_login = mechanism.upper() == "LOGIN"
         response = (self._response(initial.strip(" ")) if initial
                     else self.ask(b"Username:" if is_login else b""))
-        if is_login:        # user and password apart; some clients compare the prompts
+        if is_login:        # asks for each by itself; some clients compare the prompts
             response = b"\0%b\0%b" % (response, self.ask(b"Password:"))
         parsed = parse_plain(response)
         if parsed is None:
@@ -1233,7 +1233,7 @@ class Session:
         if argument:
             raise Refused(Reply(501, "5.5.4", "DATA takes no argument"))
         self._write(Reply(354, "", "Send the mail, then a line with only a dot"))
-        self._wire.flush()      # so that the client sends while all is made ready
+        self._wire.flush()      # so that the client sends while the rest is made ready
         problem = self._receive(mail)
         self.mail = None
         if problem:
@@ -1242,12 +1242,12 @@ class Session:
         reply = problem or self._deliver(mail)
         seconds = time.monotonic() - started
         self._log_mail(mail, reply, seconds)
-        if seconds > 0.05 and self._wire.has_left():    # which a client hardly does sooner
+        if seconds > 0.05 and self._wire.has_left():    # hardly any client leaves sooner
             self._info("the client left before the reply")
         return reply
 
     def do_BDAT(self, argument: str) -> Optional[Reply]:
-        """End the session, before the data that follows is taken for commands: RFC 3030."""
+        """End the session, before the data that follows is taken for verbs: RFC 3030."""
         raise Disconnect(Reply(503, "5.5.1", "BDAT is not offered"), "BDAT")
 
     def do_RSET(self, argument: str) -> Optional[Reply]:
@@ -1290,7 +1290,7 @@ class Session:
             raise Refused(Reply(503, "5.5.1", text))
 
     def _transaction(self) -> Mail:
-        """The mail in transaction. Raises Refused where there is none."""
+        """The mail of the transaction. Raises Refused outside of one."""
         if self.mail is None:
             raise Refused(Reply(503, "5.5.1", "Say MAIL first"))
         return self.mail
@@ -1324,7 +1324,7 @@ class Session:
             raise Refused(self._too_big())
 
     def _check(self, address: str, mail: Mail, detail: str) -> None:
-        """Refuse an address that is not in order, or not to the liking of `check`."""
+        """Raise Refused for an address that needs SMTPUTF8 without it, or that `check` refuses."""
         if not (address.isascii() or mail.smtputf8):
             raise Refused(Reply(553, "5.6.7", "Address needs SMTPUTF8"))
         if self._settings.check is None:
@@ -1347,7 +1347,7 @@ class Session:
             version = wire.handshake()
         except OSError as error:            # ssl.SSLError is one
             raise Disconnect(None, "TLS handshake failed: %s" % error) from None
-        except (Silent, Stopping):          # which cannot be said in plain text
+        except (Silent, Stopping):          # a 421 in plain text would not be understood
             raise Disconnect(None, "no TLS handshake in time") from None
         self._info("%s", version)
         self._wire, self._tls = wire, True
@@ -1358,7 +1358,7 @@ class Session:
     def ask(self, challenge: bytes) -> bytes:
         """Send a challenge of AUTH and return the client's response, both without their base64.
 
-        Raises Refused where the client cancels, or answers no base64.
+        Raises Refused if the client cancels, or its response is not base64.
         """
         import base64
         self._write(Reply(334, "", base64.b64encode(challenge).decode()))
@@ -1383,7 +1383,7 @@ class Session:
         try:
             accepted = self._authenticator.verify(user, password)
         except BaseException as error:
-            # Its text might hold the password, and so might a traceback's.
+            # Its text might hold the password, and so might a traceback.
             self._error("authenticate raised %s", type(error).__name__)
             return Reply(454, "4.7.0", "Cannot authenticate now")
         if accepted:
@@ -1400,7 +1400,7 @@ class Session:
 
     def _receive(self, mail: Mail) -> Optional[Reply]:
         """Read the mail data to its end, whatever goes wrong; return the reply if anything did."""
-        # People at a terminal and printf | nc end their lines so; another server never does.
+        # People at a terminal and printf | nc end lines in a bare LF; another server never does.
         ends = (b"\r\n.\r\n", b"\n.\n") if self._bare_lf else (b"\r\n.\r\n",)
         transparency, received = Transparency(), 0
         head = self._trace() if self._settings.received else b""
@@ -1415,7 +1415,7 @@ class Session:
                 continue
             lines = transparency.decode(piece)
             if head and mail.size == len(head) and lines[:1] in (b" ", b"\t"):
-                lines = b"\n" + lines       # or else the first would continue the field
+                lines = b"\n" + lines       # or else that line would continue the field
             problem = self._spool(mail, lines)
             del piece, lines        # not to be held while the next is waited for
         return problem
@@ -1438,7 +1438,7 @@ class Session:
         return received_line(shown_name(self.helo), self.peer, protocol, time.time())
 
     def _deliver(self, mail: Mail) -> Reply:
-        """Call `deliver`; return what its end means to the client."""
+        """Call `deliver`; return the reply for what it returned or raised."""
         try:
             _refuse_result(self._settings.deliver(mail))
             return Reply(250, "2.0.0", "Delivered")
@@ -1454,7 +1454,7 @@ class Session:
             self._error("%s", _shown(line))
 
     def _log_mail(self, mail: Mail, reply: Reply, seconds: float) -> None:
-        """Say in one line what became of the mail."""
+        """Log in one line what became of the mail."""
         self._undelivered = self._undelivered or reply.code != 250
         if not self._informing:
             return
@@ -1471,23 +1471,23 @@ class Session:
 # ---------------------------------------------------------------------------------------------
 
 class Authenticator:
-    """The password check, with a memory of failures that makes guessing slow for all sessions."""
+    """The password check, with a memory of failures that makes guessing slow in all sessions."""
 
     def __init__(self, authenticate: Authenticate, always_late: bool = False) -> None:
         self._authenticate, self._always_late = authenticate, always_late
-        self._late_until = float("-inf")    # one assignment, which needs no lock
+        self._late_until = float("-inf")    # only assigned, so it needs no lock
 
     def verify(self, user: str, password: str) -> bool:
-        """Whether that is right; takes AUTH_DELAY seconds if not, or after a recent failure.
+        """Whether they are right; takes AUTH_DELAY seconds if not, or after a recent failure.
 
-        Raises what `authenticate` raises, as late.
+        Raises what `authenticate` raises, just as late.
         """
         accepted = False
         try:
             # True, or a database's 1; a coroutine, or an object with the result in it, is neither.
             accepted = self._authenticate(user, password) in (True,)
         finally:
-            # Remembered before the delay, so that no guess beside this one is answered sooner.
+            # Remembered before the delay, so that no guess made meanwhile is answered sooner.
             if not accepted:
                 self._late_until = time.monotonic() + AUTH_MEMORY
             if self._always_late or time.monotonic() < self._late_until:
@@ -1532,8 +1532,8 @@ SHELLS = frozenset("""
     systemd-run tclsh tcsh tmux toybox watch xargs xonsh yash ysh zsh
 """.split())
 
-# What a shell takes as it stands, what is special to it anywhere else, and what stands before a
-# program rather than for one.
+# What a shell takes literally, what is special to it anywhere else, and what may precede the name
+# of a program.
 _QUOTED = r"""'[^']*'|"(?:[^"\\$`]|\\["\\])*"|\\."""
 _SPECIAL = frozenset("|&;<>()$`\\\"'*?[]{}~#!^")
 _BEFORE_PROGRAM = r"\w+=.*|[!{]|do|then|else|elif|if|while|until|exec|eval|command"
@@ -1545,14 +1545,14 @@ class Command:
     text: the command line. The first ``%F`` in it becomes the sender (MAILER-DAEMON for <>), and
     the recipients are appended as arguments. timeout: seconds that it may take. stdout: a
     descriptor for its standard output, None for the caller's own. alone: whether this process has
-    no other threads, so that a mail may take a shorter way. warnings: what may be wrong with it.
+    no other threads, so that a command can be started faster. warnings: what may be wrong with it.
     Raises ValueError for a command line that cannot work, and where there are no POSIX processes.
 
-    Where the words need no shell the program is started directly, otherwise by ``sh -c``, of
-    whose text the recipients are no part, with the environment that there is when this is made.
-    Only its exit status decides: see EXIT_REPLIES. After `timeout` its process group gets SIGTERM,
-    KILL_DELAY seconds later SIGKILL, and the client 451. On systems without glibc 2.34 it inherits
-    what signals this process ignores and blocks.
+    If the words need no shell, the program is started directly, otherwise by ``sh -c``, whose text
+    never holds the recipients. Its environment is that of the moment when this is made. Only its
+    exit status decides: see EXIT_REPLIES. After `timeout` its process group gets SIGTERM,
+    KILL_DELAY seconds later SIGKILL, and the client 451. Without glibc 2.34 or newer it inherits
+    which signals this process ignores and blocks.
     """
 
     def __init__(self, text: str = "msmtp -f %F --", *, timeout: float = DELIVERY_TIMEOUT,
@@ -1582,11 +1582,11 @@ class Command:
         self._reparser = _find_reparser(words)
         self._words = [os.fsencode(word) for word in
                        words or ("sh", "-c", text + ' "$@"', "msmtpd")]
-        # In which of them the sender has its place.
+        # Which of them holds %F, the place of the sender.
         self._place = next((n for n, word in enumerate(self._words) if b"%F" in word), None)
 
     def check(self, address: str, mail: object = None) -> None:
-        """Raise PermanentFailure where anything on its way could read `address` as code."""
+        """Raise PermanentFailure if `address` could be read as an option, program, file or code."""
         # What a command may take for an option, a program, or a file.
         unsafe = address.startswith(("-", "|")) or address.endswith("|")
         if address.startswith("+") or "/" in address:
@@ -1620,7 +1620,7 @@ class Command:
             raise self._failure(run)
 
     def _reap_left(self) -> None:
-        """Reap those that were left behind. Raises TemporaryFailure where too many go on."""
+        """Reap those that were left behind. Raises TemporaryFailure if too many go on."""
         self._left.difference_update([run for run in list(self._left) if run.reap()])
         if len(self._left) >= MAX_LEFT:
             raise TemporaryFailure("Earlier commands do not end", 451, "4.3.0",
@@ -1632,7 +1632,7 @@ class Command:
             run.kill(signal.SIGTERM)
 
     def _parse(self) -> Tuple[str, List[str]]:
-        """Return the program to start, and the words to start it with, none for the shell."""
+        """Return the program to start and the command's words, none if a shell has to read it."""
         if not self.text.strip():
             raise ValueError("the command is empty")
         if "\n" in self.text or "\0" in self.text:
@@ -1651,7 +1651,7 @@ class Command:
         return "/bin/sh", []
 
     def _check_for_shell(self, bare: str) -> None:
-        """Raise ValueError where a shell would not take the recipients for arguments.
+        """Raise ValueError if the recipients would not become arguments in a shell.
 
         bare: the command line without its quoted parts.
         """
@@ -1665,7 +1665,7 @@ class Command:
             self.warnings.append("the command has a comment, which swallows the recipients")
 
     def _ask_shell(self) -> None:
-        """Raise ValueError where the shell cannot read the command; warn where it is missing."""
+        """Raise ValueError if the shell cannot read the command; warn if its program is missing."""
         import subprocess
 
         def ask(*arguments: str) -> Tuple[int, str]:
@@ -1676,7 +1676,7 @@ class Command:
         if status:
             raise ValueError("the shell cannot read the command: " + errors)
         word = re.match(r"(?:\w+=\S* +|exec +)*(['\"]?)([\w./+-]+)\1(?:\s|$)", self.text.strip())
-        # The shell also knows what is built in, but takes any file for a program.
+        # The shell knows its builtins, too, but takes any file for a program.
         if word and not find_program(word.group(2)) and (
                 "/" in word.group(2) or ask("-c", 'command -v -- "$1"', "sh", word.group(2))[0]):
             self.warnings.append("cannot find or execute the program %s; each mail will be "
@@ -1685,7 +1685,7 @@ class Command:
     def _arguments(self, mail: Mail) -> List[bytes]:
         """The arguments to start the program with, its own name first.
 
-        Addresses are UTF-8 whatever the locale: in some, a letter's bytes are a shell's operator.
+        Addresses are UTF-8 whatever the locale: in some, letters hold bytes of shell operators.
         """
         words = self._words + [recipient.encode() for recipient in mail.recipients]
         if self._place is not None:
@@ -1694,7 +1694,7 @@ class Command:
         return words
 
     def _failure(self, run: _Run) -> _Failure:
-        """What the end of the command means, which was no success."""
+        """The failure to raise for a run that was no success."""
         status = run.status
         if run.timed_out or status is None or status < 0 or self._by_shell and status > 128:
             code, enhanced = 451, "4.3.0"
@@ -1709,7 +1709,7 @@ class Command:
 
 
 def _find_reparser(words: List[str]) -> str:
-    """What might read a sender or recipient as code; "" where nothing in the command does."""
+    """What might read a sender or recipient as code; "" if nothing in the command might."""
     if not words:
         return "the command needs a shell"
     for word in words:
@@ -1725,10 +1725,10 @@ def _find_reparser(words: List[str]) -> str:
 
 
 def _takes_arguments(bare: str) -> bool:
-    """Whether words behind a command line, here without its quoted parts, become arguments.
+    """Whether words appended to a command line, here without its quoted parts, become arguments.
 
-    They do where its last command has a program: behind what may precede one, assignments,
-    redirections and reserved words, they would be the program themselves.
+    They do if its last command has a program: after mere assignments, redirections and reserved
+    words, which may precede one, the first of them would be the program.
     """
     if bare.endswith("\\"):
         return False
@@ -1745,7 +1745,7 @@ def _takes_arguments(bare: str) -> bool:
 class _Run:
     """One run of the command, in a session, and so a process group, of its own.
 
-    status: as subprocess has it, None where it was lost. timed_out: whether its time ran out.
+    status: as subprocess's returncode, None if it was lost. timed_out: whether its time ran out.
     errors: the head of its standard error. ended: whether it was reaped.
     """
 
@@ -1756,8 +1756,8 @@ class _Run:
         self.timed_out = False
         self.errors = b""
         self.ended = False
-        self._lock = _thread.allocate_lock()    # held while it is reaped: no signal goes to another
-        self._pause = SHORT_PAUSE           # between looks at a process that cannot be polled
+        self._lock = _thread.allocate_lock()    # held to reap: after that its id may be another's
+        self._pause = SHORT_PAUSE           # between looks at a process without a pidfd
         self._stderr: Optional[int] = None  # these two are descriptors
         self._pidfd: Optional[int] = None
         stdin = _open_input(mail)
@@ -1772,7 +1772,7 @@ class _Run:
             raise
         finally:
             os.close(stdin)
-        # Linux with Python 3.9, where it is not forbidden; elsewhere the process is looked at.
+        # Linux with Python 3.9, unless forbidden; without it the process is looked at in turns.
         try:
             self._pidfd = os.pidfd_open(self._pid)
         except (AttributeError, OSError, MemoryError):
@@ -1780,7 +1780,7 @@ class _Run:
 
     @property
     def outcome(self) -> str:
-        """How it ended, for the log: the exit status, "signal N" or "timeout"."""
+        """How it ended, for the log: the exit status, "signal N", "timeout" or "lost"."""
         if self.timed_out:
             return "timeout"
         if self.status is None:
@@ -1788,10 +1788,10 @@ class _Run:
         return str(self.status) if self.status >= 0 else "signal %d" % -self.status
 
     def finish(self, seconds: float) -> None:
-        """Wait for the command's end, which after `seconds` is brought about."""
+        """Wait for the command to end; after `seconds`, make it end."""
         deadline, signals = time.monotonic() + seconds, [signal.SIGTERM, signal.SIGKILL]
         try:
-            # Mostly it ends at once; to watch its standard error, too, is to be woken twice.
+            # Mostly it ends at once; watching its standard error, too, would mean waking up twice.
             if self._pidfd is not None and _Watch((self._pidfd,)).wait(min(seconds, 0.01)):
                 self.reap()
             while not self.ended:
@@ -1812,7 +1812,7 @@ class _Run:
             self._close()
 
     def _work(self, seconds: float) -> None:
-        """Do what is to be done next, or wait for it for at most `seconds`."""
+        """Wait for its end or its error output, at most `seconds`, and take what there is."""
         if self._pidfd is None:
             seconds = min(seconds, self._pause)
             self._pause = min(2 * self._pause, 0.05)
@@ -1823,9 +1823,9 @@ class _Run:
             self._read_errors()
 
     def _end_group(self, deadline: float) -> None:
-        """Leave others of the group, too, the time until `deadline` to end, and then kill them.
+        """Give the rest of the group, too, until `deadline` to end, and then kill it.
 
-        They are there for as long as somebody holds standard error: a signal reaches zombies.
+        Only those that hold standard error are waited for: a signal reaches zombies, too.
         """
         while self._stderr is not None and time.monotonic() < deadline and self._signal_group(0):
             if _Watch((self._stderr,)).wait(0.05):
@@ -1877,7 +1877,7 @@ class _Run:
             self._stderr, self._pause = None, SHORT_PAUSE   # its end is near
 
     def _close(self) -> None:
-        """Read the rest of the head, where anybody wants to know; give back all descriptors."""
+        """Read the rest of the head, unless the command succeeded; close all descriptors."""
         while (self.status != 0 and self._stderr is not None
                and len(self.errors) < MAX_ERROR_OUTPUT and _Watch((self._stderr,)).wait(0)):
             self._read_errors()
@@ -1887,9 +1887,9 @@ class _Run:
 
 
 def _open_input(mail: Mail) -> int:
-    """A descriptor for the command to read the mail from: a pipe where it holds all of it.
+    """A descriptor for the command to read the mail from: a pipe if that can hold all of it.
 
-    Raises TemporaryFailure where it does not, and there is no room for it elsewhere.
+    Raises TemporaryFailure if it cannot, and there is no room for it elsewhere.
     """
     if not mail.spool.has_descriptor:
         data = mail.data
@@ -1909,7 +1909,7 @@ def _open_input(mail: Mail) -> int:
     except OSError as error:
         raise TemporaryFailure("No room for the mail now", 452, "4.3.1", [_why(error)]) from None
     descriptor = mail.file.fileno()
-    try:        # for reading only, and at a place of its own
+    try:        # for reading only, at a position of its own
         return os.open("/proc/self/fd/%d" % descriptor, os.O_RDONLY)
     except OSError:
         return os.dup(descriptor)
@@ -1922,8 +1922,8 @@ class _Starter:
     """
 
     def __init__(self, alone: bool) -> None:
-        # By its names, since another thread may change it meanwhile. Who made one of them empty
-        # wanted nothing by it, but os.posix_spawn refuses it.
+        # Name by name, since another thread may change it meanwhile. An empty name is of no use,
+        # and os.posix_spawn refuses it.
         self._environment = {name: os.environb.get(name, b"") for name in list(os.environb) if name}
         self._start: Start = self._spawn
         if not alone:
@@ -1935,19 +1935,19 @@ class _Starter:
     def __call__(self, program: str, arguments: List[bytes],
                  descriptors: Tuple[int, int, int]) -> int:
         stdin, _, stderr = descriptors
-        if min(stdin, stderr) < 3:      # they could stand in each other's way
+        if min(stdin, stderr) < 3:      # one dup2 could overwrite what another is to copy
             raise OSError(errno.EBADF, "one of descriptors 0 to 2 of this process was closed")
         try:
             return self._start(program, arguments, descriptors)
         except OSError as error:
             if error.errno != errno.ENOEXEC:
                 raise
-        # A script without #! is the shell's, as execvp(3) has it.
+        # A script without #! is run by the shell, as by execvp(3).
         return self._start("/bin/sh", [b"sh", os.fsencode(program), *arguments[1:]], descriptors)
 
     def _spawn(self, program: str, arguments: List[bytes],
                descriptors: Tuple[int, int, int]) -> int:
-        """What needs no import, but makes other threads wait, and closes no descriptor."""
+        """Needs no import, but makes other threads wait, and closes no descriptor."""
         if _hide_descriptors():
             try:
                 return os.posix_spawn(
@@ -1970,7 +1970,7 @@ class _Starter:
 
 
 def _hide_descriptors() -> bool:
-    """Let programs inherit none above 2; return whether that could be seen to."""
+    """Let programs inherit descriptors 0 to 2 only; return whether that could be done."""
     try:
         names = os.listdir("/proc/self/fd")
     except OSError:         # not Linux
@@ -1978,13 +1978,13 @@ def _hide_descriptors() -> bool:
     for descriptor in map(int, names):
         try:
             os.set_inheritable(descriptor, descriptor < 3)
-        except OSError:     # that of the folder, which is closed by now
+        except OSError:     # the one that listed the folder, closed by now
             pass
     return True
 
 
 def _glibc_spawn(environment: Dict[bytes, bytes]) -> Start:
-    """glibc's posix_spawn(3), from 2.34 on; what it raises where that is missing is in _Starter.
+    """A Start by posix_spawn(3) of glibc 2.34 or newer; elsewhere it raises what _Starter catches.
 
     Other threads run while it starts a process, as they do not under subprocess and
     os.posix_spawn: eight clients get half as many mails again delivered.
@@ -2042,9 +2042,9 @@ def smtpd_handler(process_message: Callable[..., Optional[str]], *,
     """The `deliver` that calls a `process_message` written for the removed module smtpd.
 
     It is called as ``process_message(peer, mailfrom, rcpttos, data, mail_options=[...],
-    rcpt_options=[])`` with the data as bytes, its lines joined by LF; the options are at most
-    "SMTPUTF8". With `decode_data`, as there, the data is a str and there are no options. The
-    reply that it may return, such as "550 No", is what the client is told.
+    rcpt_options=[])`` with the data as bytes, its lines joined by LF; mail_options holds at
+    most "SMTPUTF8". With `decode_data`, as there, the data is a str and there are no options. A
+    4xx or 5xx reply that it returns, such as "550 No", is what the client is told.
     """
     def deliver(mail: Mail) -> None:
         data, sender = mail.data[:-1], mail.sender or "<>"
@@ -2072,12 +2072,12 @@ class Server:
     PermanentFailure says when it raises one; any other exception is logged and answered 451.
     host: an IP address, or a sequence of them. port: 0 for a free one. sockets: listening sockets
     to use instead of these; stop() closes them.
-    authenticate(user, password): as str; a client may send once this returned True. All else is
-    answered AUTH_DELAY seconds late, and so is all AUTH for AUTH_MEMORY seconds after it; an
+    authenticate(user, password): both str; a client may send once this returned True. All else is
+    answered AUTH_DELAY seconds late, and so is any AUTH for AUTH_MEMORY seconds after it; an
     exception is answered 454. If None, nobody has to authenticate, or can.
     tls: an ssl.SSLContext for STARTTLS, or with starttls=False for TLS from the first byte.
     check(address, mail): called for the sender, when `mail` has no recipients yet, and for each
-    recipient before it is added; may raise the two failures. A Command's own is asked before it.
+    recipient before it is added; may raise either failure. A Command's own check comes first.
     session: the class of the sessions. received: whether mails get a Received line. max_size:
     bytes of a mail, 0 for any number. max_sessions: served at a time. timeout: seconds that a
     client may be silent. log: a logging.Logger, that named "msmtpd" if None.
@@ -2103,7 +2103,7 @@ class Server:
         self.host, self.port = self._hosts[0], port
         self.addresses: List[Peer] = []
         self._port, self._sockets = port, sockets
-        if isinstance(deliver, Command):        # so that the client hears of it in time
+        if isinstance(deliver, Command):        # so that MAIL and RCPT already refuse
             check = _both(deliver.check, check) if check else deliver.check
         self._settings = Settings(deliver, check, tls, starttls, received, max_size, timeout)
         self._authenticate = authenticate
@@ -2135,8 +2135,8 @@ class Server:
     def start(self) -> None:
         """Listen and serve, in threads of the server's own; the port is known on return.
 
-        Raises OSError where it cannot listen, also for a host that is no IP address, and
-        RuntimeError where it is started already or there is no thread to be had.
+        Raises OSError if it cannot listen, also for a host that is no IP address, RuntimeError if
+        it is started already, and RuntimeError or MemoryError if no thread is to be had.
         """
         import contextlib
         import socket
@@ -2147,7 +2147,7 @@ class Server:
             for listener in self._sockets or _listen(self._hosts, self._port):
                 sockets.append(opened.enter_context(listener))
                 listener.setblocking(False)
-                # Its clients inherit this, or the last of two small replies might wait 40 ms.
+                # Inherited by connections, where otherwise a second small reply might wait 40 ms.
                 try:
                     listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
                 except OSError:     # a Unix socket has no delay
@@ -2173,7 +2173,7 @@ class Server:
     def drain(self, grace: float, patience: float) -> None:
         """Begin to stop, and return at once, as a signal handler has to; stop() waits for the end.
 
-        Idle sessions end now, those that receive mail data in `grace` seconds; a `deliver` that
+        Idle sessions end now, those that receive mail data within `grace` seconds; a `deliver` that
         still runs `patience` seconds later is left behind. A further call can only shorten this.
         """
         if self._slots:
@@ -2196,7 +2196,7 @@ class Server:
                 slots.close()
 
     def serve_forever(self, stopping: Optional[Callable[[], object]] = None) -> None:
-        """Serve, having started where needed, until `stop` or `drain` is called, and has ended.
+        """Serve, starting first if need be, until a `stop` or `drain` has ended all sessions.
 
         `stopping` is called when the end begins. An exception of a signal handler's, such as
         KeyboardInterrupt, comes out of this while the threads still serve: call stop() then.
@@ -2210,7 +2210,7 @@ class Server:
         try:
             watch = _Watch((slots.descriptor,))
             while slots.drain_until is None:
-                # In turns, since a signal that the kernel gives to another thread wakes nobody.
+                # In turns: a signal that the kernel gives to another thread does not end this wait.
                 watch.wait(0.5)
         finally:
             self._forever = False
@@ -2229,7 +2229,7 @@ class Server:
         slots = self._slots = Slots(io.FileIO(reader), io.FileIO(writer, "w"))
         try:
             wire = Wire.of_descriptors(source, sink, slots, self._settings.timeout)
-            # No memory of failures outlives this process.
+            # Always late, since no memory of failures outlives this process.
             authenticator = self._authenticate and Authenticator(self._authenticate, True)
             return self._session(wire, self._settings, authenticator, self._log, 1,
                                  _peer_behind(source)).run()
@@ -2246,7 +2246,7 @@ class Server:
 
 
 class _Listeners:
-    """The sockets on which the threads of a server wait for clients, each of whom wakes only one.
+    """The sockets on which a server's threads wait for clients; each client wakes only one thread.
 
     epoll(7) sees to that on Linux. Elsewhere one of the threads waits, the others for their turn.
     """
@@ -2255,10 +2255,10 @@ class _Listeners:
         import contextlib
         import threading
         self._log, self._stop = log, stop
-        self._pause = 0.0       # seconds since the last try, if that failed
+        self._pause = 0.0       # seconds to wait after the last try, if that failed
         self._sockets = {listener.fileno(): listener for listener in sockets}
         self._watch = _Watch((stop, *self._sockets))
-        self._closing = threading.Lock()        # not that of the turns, which a fork copies held
+        self._closing = threading.Lock()        # not _turn, which a fork may copy as held
         self._turn: ContextManager[object] = threading.Lock()
         try:
             self._epoll: Optional[select.epoll] = select.epoll()
@@ -2271,8 +2271,8 @@ class _Listeners:
             self._epoll = None
 
     def accept(self) -> Optional[Tuple[socket.socket, object]]:
-        """Wait, and return a client and its address; None where one is to come again."""
-        ready: Collection[int] = self._sockets      # unless it is known better: to be armed again
+        """Wait, and return a client and its address; None if it is to be called again."""
+        ready: Collection[int] = self._sockets      # to be armed again: all, until poll says which
         with self._turn:
             try:
                 ready = dict(self._epoll.poll(None, 1)) if self._epoll else self._watch.wait(None)
@@ -2306,8 +2306,8 @@ class _Listeners:
 class _Workers:
     """The threads of a server from its start to its stop.
 
-    Each accepts a client and serves it: so a client needs no hand-over to another thread, and one
-    whom no thread waits for stays in the listen queue.
+    Each accepts a client and serves it: so a client is not handed over to another thread, and one
+    for whom no thread is free stays in the listen queue.
     """
 
     def __init__(self, listeners: _Listeners, slots: Slots, number: int, log: Log,
@@ -2319,15 +2319,15 @@ class _Workers:
         self._starting = threading.Lock()   # held while they are started
         self._waiting: Set[int] = set()     # the numbers of those that wait for a client
         slots.waiting = self._waiting
-        self.left_behind = 0                # how many did not leave
+        self.left_behind = 0                # how many threads did not end
 
     def start(self) -> None:
-        """Start the threads, as many as are to be had. Raises RuntimeError or MemoryError for none.
+        """Start as many threads as are to be had. Raises RuntimeError or MemoryError if none is.
 
-        All of them now: a start where memory has become short may wait for ever.
+        All of them now: once memory has become short, a start may wait for ever.
         """
         import threading
-        with self._starting:        # for the end of which each of them waits
+        with self._starting:        # each thread waits until this is done
             for number in range(self._number):
                 try:
                     self._threads.append(threading.Thread(
@@ -2337,7 +2337,7 @@ class _Workers:
                 except (RuntimeError, MemoryError) as error:
                     if number == 0:
                         raise
-                    # The commands need processes, which are as short.
+                    # Only half of these: the commands need processes, which are as scarce.
                     self._number = (number + 1) // 2
                     del self._threads[self._number:]
                     _report(self._log, ERROR, "no more than %d sessions at a time: %s",
@@ -2345,17 +2345,17 @@ class _Workers:
                     return
 
     def join(self) -> bool:
-        """Stop listening and wait for the threads, as long as Slots.drain said.
+        """Stop listening and wait for the threads, as long as `drain` allows.
 
-        Returns whether anybody may do so: False in one of these threads.
+        Returns False, without waiting for their end, if called in one of them.
         """
         import threading
-        # Who waits for a client ceases to, but for those in the other process after a fork.
+        # Threads that wait for a client will cease to; after a fork they are in the other process.
         while self._waiting and not self._slots.is_copy():
             time.sleep(0.001)
         self._listeners.close()
         if threading.current_thread() in self._threads:
-            return False        # a deliver, which waits for nobody
+            return False        # stop() in a deliver waits for nobody
         for thread in self._threads:
             while thread.is_alive() and time.monotonic() < self._slots.leave_at:
                 # In turns, as in serve_forever.
@@ -2379,7 +2379,7 @@ class _Workers:
                         self._serve(*accepted)
             except BaseException:
                 _report(self._log, ERROR, "a session ended by an error", exc_info=True)
-                time.sleep(0.1)     # where it comes at once again
+                time.sleep(0.1)     # in case it recurs at once
 
     def _accept(self, number: int) -> Optional[Tuple[socket.socket, object]]:
         """Wait for a client and return it with its address, None when the server stops."""
@@ -2403,7 +2403,7 @@ def peer_of(name: object) -> Peer:
 
 
 def _peer_behind(descriptor: int) -> Peer:
-    """The Peer on the other side of a descriptor, which may be none."""
+    """The Peer at the other end of a descriptor, Peer(None, None) if there is none."""
     import stat
     if not stat.S_ISSOCK(os.fstat(descriptor).st_mode):
         return Peer(None, None)
@@ -2416,8 +2416,7 @@ def _peer_behind(descriptor: int) -> Peer:
 
 
 def _listen(hosts: Sequence[str], wanted: int, tries: int = 8) -> List[socket.socket]:
-    """Return sockets that listen on all of `hosts`; where no port is wanted, on one free on each.
-    """
+    """Return sockets that listen on each of `hosts`, at port `wanted` or, if 0, one free on all."""
     import contextlib
     import socket
     hosts, port = list(hosts), wanted
@@ -2429,7 +2428,7 @@ def _listen(hosts: Sequence[str], wanted: int, tries: int = 8) -> List[socket.so
                                           flags=socket.AI_NUMERICHOST | socket.AI_PASSIVE)[0]
             except (socket.gaierror, UnicodeError):
                 raise OSError("%r is not an IP address, such as 127.0.0.1" % host) from None
-            # :: is for IPv4 too, where no other of the sockets is.
+            # :: serves IPv4, too, unless another of the sockets does.
             both = host == "::" and all(":" in other for other in hosts)
             if both and not socket.has_dualstack_ipv6():        # as on OpenBSD
                 both = False
@@ -2542,20 +2541,20 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
 
 
 def _settle(inetd: bool) -> None:
-    """Make the process what its commands may inherit: descriptors 0 to 2, PATH, signals."""
+    """Put in order what commands inherit: descriptors 0 to 2, PATH, signals."""
     for descriptor in range(3):
         try:
             os.fstat(descriptor)
-        except OSError:         # closed, and the next file opened would be taken for it
+        except OSError:         # closed, so the next file opened would take its place
             os.set_inheritable(os.open(os.devnull, os.O_RDWR), True)
-    # inetd makes the client standard error, too, which is no place for what is meant for others.
+    # Under inetd standard error is the client, too, and what is written there is not meant for it.
     if inetd and any(os.path.sameopenfile(2, descriptor) for descriptor in (0, 1)):
         os.dup2(os.open(os.devnull, os.O_RDWR), 2)
     os.environ.setdefault("PATH", DEFAULT_PATH)
     if os.name == "posix":
         signal.pthread_sigmask(signal.SIG_SETMASK, ())
-        # Python itself ignores these two, and they are restored for what is started. With SIGCHLD
-        # ignored no exit status is to be had.
+        # Python itself ignores these two, and they are restored for what is started. If SIGCHLD
+        # were ignored, exit statuses would be lost.
         for number in signal.valid_signals() - {signal.SIGPIPE, signal.SIGXFSZ}:
             if signal.getsignal(number) is signal.SIG_IGN:
                 signal.signal(number, signal.SIG_DFL)
@@ -2564,8 +2563,8 @@ def _settle(inetd: bool) -> None:
 def _read_options(arguments: Sequence[str]) -> Tuple[types.SimpleNamespace, List[str]]:
     """Read the options, named as in OPTIONS, with _ for -; return them, and what is wrong.
 
-    The rules are those of getopt_long(3). The modules getopt and argparse end at the first mistake;
-    whether there is a client to tell of it, and where the log is, may stand behind it.
+    The rules are those of getopt_long(3). The modules getopt and argparse end at the first mistake,
+    but later options may say whether there is a client to tell of it, and where the log is.
     """
     import types
     options = types.SimpleNamespace(**{
@@ -2663,8 +2662,8 @@ def _size(value: str) -> int:
     return int(match.group(1)) * factor
 
 
-# The default of each option, and how its value is read, by a function that raises ValueError;
-# None for one that takes no value.
+# The default of each option, and the function that reads its value or raises ValueError; None for
+# an option that takes no value.
 OPTIONS: Dict[str, Tuple[object, Optional[Callable[[str], object]]]] = {
     "inetd": (False, None), "interface": ((), str), "port": (25, _port),
     "command": ("msmtp -f %F --", str), "received": (True, _switch),
@@ -2778,7 +2777,7 @@ def _run_lookup(*arguments: str) -> Tuple[str, str]:
         password = "" if done.returncode else _first_line(done.stdout)
     except FileNotFoundError:
         return "", "no program %s" % arguments[0]
-    except UnicodeDecodeError:      # whose text would show some of it
+    except UnicodeDecodeError:      # whose text would show some of the password
         return "", "%s: its output is not UTF-8" % arguments[0]
     except (OSError, subprocess.TimeoutExpired) as error:
         return "", "%s: %s" % (arguments[0], error)
@@ -2803,21 +2802,21 @@ def _ask_keyring(user: str) -> Tuple[str, str]:
         return keyring.get_password("smtp://localhost", user) or "", "keyring: no such entry"
     except ImportError:
         return "", "no Python package keyring"
-    except Exception as error:      # each of its back ends has its own
+    except Exception as error:      # each of its back ends raises its own
         return "", "keyring: %s" % _shown(_why(error))
 
 
 def _ask_terminal(user: str) -> Tuple[str, str]:
     try:
         os.close(os.open("/dev/tty", os.O_RDWR))
-    except OSError:     # where getpass would ask on standard input
+    except OSError:     # without it, getpass would ask on standard input
         return "", "no terminal to ask on"
     import getpass
     try:
         return getpass.getpass("Password of %s: " % user), "none was typed"
     except EOFError:
         return "", "none was typed"
-    except UnicodeDecodeError:      # as above
+    except UnicodeDecodeError:      # as in _run_lookup
         return "", "what was typed is not UTF-8"
 
 
@@ -2854,7 +2853,7 @@ def _tls_context(certificate: str, key: Optional[str]) -> ssl.SSLContext:
 
 
 def _holds(name: str, part: bytes) -> bool:
-    """Whether a file holds such a part in PEM format (RFC 7468), near its beginning."""
+    """Whether a file holds `part` in PEM format (RFC 7468), near its beginning."""
     with open(name, "rb") as file:
         return part + b"-----" in file.read(MAX_MEMORY)
 
@@ -2915,7 +2914,7 @@ def _run_daemon(options: types.SimpleNamespace, log: Log) -> int:
         _notify(notify, b"STOPPING=1")
         if on_terminal:
             _tell("stopping once the mails under way are delivered; Ctrl-C again stops at once")
-    gc.freeze()         # what is there now stays: the collector need not look through it for ever
+    gc.freeze()         # what is there now stays: the collector need not look through it each time
     _notify(notify, b"READY=1")
     server.serve_forever(stopping)
     _report(log, INFO, "stopped")
@@ -2956,12 +2955,12 @@ def _announce(server: Server, log: Log, options: types.SimpleNamespace, on_termi
 
 class _Stop:
     """What SIGTERM, SIGINT and the end of the terminal do: the first ends the server in good
-    order, the second at once.
+    order, a second SIGTERM or SIGINT at once.
     """
 
     def __init__(self, server: Server, command: Command, delivery_timeout: float) -> None:
         self._server, self._command = server, command
-        # A run takes its limit, and the delay twice where SIGKILL does not end it either.
+        # A run takes its limit, and twice the delay if SIGKILL does not end it; a third is spare.
         self._patience = delivery_timeout + 3 * KILL_DELAY
         self.asked = False
         numbers = [signal.SIGTERM, signal.SIGINT]
@@ -2994,7 +2993,7 @@ class _Reload:
 
     def __call__(self, number: int, frame: object) -> None:
         self._asked = True
-        if self._busy:      # this was interrupted by one more signal
+        if self._busy:      # this signal has interrupted the handling of another
             return
         self._busy = True
         try:
@@ -3005,7 +3004,7 @@ class _Reload:
             self._busy = False
 
     def _reload(self) -> None:
-        _report(self._log, INFO, "SIGHUP")      # a line makes it look whether its file was moved
+        _report(self._log, INFO, "SIGHUP")      # which makes the log notice that its file was moved
         if self._options.tls_cert_file:
             try:    # not into the context in use: OpenSSL forbids that, and the new may be unfit
                 self._server.tls = _tls_context(self._options.tls_cert_file,
@@ -3049,5 +3048,5 @@ def _notify(address: str, state: bytes) -> None:
 
 
 if __name__ == "__main__":
-    # At once: Python would first take apart what the kernel takes anyway, for some milliseconds.
+    # At once: Python would first spend milliseconds on freeing what the kernel frees anyway.
     os._exit(main())

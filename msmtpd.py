@@ -1433,8 +1433,12 @@ class Session:
     def _trace(self) -> bytes:
         """The Received line, its protocol as RFC 3848 and RFC 6531 4.3 name it."""
         assert self.mail is not None
-        protocol = "UTF8SMTP" if self.mail.smtputf8 else self._protocol
-        protocol += ("S" if self._tls else "") + ("A" if self.user is not None else "")
+        extensions = ("S" if self._tls else "") + ("A" if self.user is not None else "")
+        # No name has these behind SMTP: who used them spoke ESMTP, whatever the last greeting was.
+        protocol = "ESMTP" if extensions else self._protocol
+        if self.mail.smtputf8:
+            protocol = "UTF8SMTP"
+        protocol += extensions
         return received_line(shown_name(self.helo), self.peer, protocol, time.time())
 
     def _deliver(self, mail: Mail) -> Reply:

@@ -507,6 +507,22 @@ class TraceFields(unittest.TestCase):
                 os.environ["TZ"] = zone
             time.tzset()
 
+    def test_protocols_are_registered_ones(self):
+        """RFC 3848 and RFC 6531 4.3; clients say HELO even after AUTH or within TLS."""
+        for greeting, smtputf8, extensions, name in (
+                ("SMTP", False, "", "SMTP"), ("ESMTP", False, "", "ESMTP"),
+                ("SMTP", False, "A", "ESMTPA"), ("ESMTP", False, "A", "ESMTPA"),
+                ("SMTP", False, "S", "ESMTPS"), ("ESMTP", False, "S", "ESMTPS"),
+                ("SMTP", False, "SA", "ESMTPSA"), ("ESMTP", False, "SA", "ESMTPSA"),
+                ("SMTP", True, "", "UTF8SMTP"), ("ESMTP", True, "A", "UTF8SMTPA"),
+                ("ESMTP", True, "S", "UTF8SMTPS"), ("SMTP", True, "SA", "UTF8SMTPSA")):
+            with self.subTest(greeting, smtputf8=smtputf8, extensions=extensions):
+                session = msmtpd.Session(None, None, None, mock.Mock())
+                session._protocol, session._tls = greeting, "S" in extensions
+                session.user = "joe" if "A" in extensions else None
+                session.mail = msmtpd.Mail("a@b", smtputf8=smtputf8)
+                self.assertIn(b" with %s;\n" % name.encode(), session._trace())
+
     def test_names(self):
         for argument, name in (("a.example", "a.example"), ("", "unknown"), ("a b", "invalid"),
                                ("[192.0.2.1]", "[192.0.2.1]"), ("[IPv6:::1]", "[IPv6:::1]"),
@@ -1735,6 +1751,12 @@ class Authentication(ServerCase):
         with Client(server) as client:
             self.assertEqual(client.open("AUTH PLAIN", "x" * 12287)[:9], "500 5.5.2")
             self.assertEqual(client.do("NOOP")[:3], "250")
+
+    def test_helo_after_it_makes_no_other_protocol(self):
+        with Client(self.serve(received=True)) as client:
+            client.open("AUTH PLAIN " + self.RIGHT, "HELO x", "MAIL FROM:<a@b>", "RCPT TO:<c@d>",
+                        "DATA", "x\r\n.")
+        self.assertIn(b" with ESMTPA;", self.mails[0].data)
 
     def test_not_in_a_transaction(self):
         with Client(self.serve()) as client:

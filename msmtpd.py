@@ -1488,8 +1488,10 @@ class Authenticator:
         """
         accepted = False
         try:
-            # True, or a database's 1; a coroutine, or an object with the result in it, is neither.
-            accepted = self._authenticate(user, password) in (True,)
+            # Nobody has an empty one (RFC 4616 section 2), but a directory may take it for a login
+            # without a name: RFC 4513 5.1.2. True, or a database's 1; a coroutine, or an object
+            # with the result in it, is neither.
+            accepted = bool(user and password) and self._authenticate(user, password) in (True,)
         finally:
             # Remembered before the delay, so that no guess made meanwhile is answered sooner.
             if not accepted:
@@ -2076,9 +2078,9 @@ class Server:
     PermanentFailure says when it raises one; any other exception is logged and answered 451.
     host: an IP address, or a sequence of them. port: 0 for a free one. sockets: listening sockets
     to use instead of these; stop() closes them.
-    authenticate(user, password): both str; a client may send once this returned True. All else is
-    answered AUTH_DELAY seconds late, and so is any AUTH for AUTH_MEMORY seconds after it; an
-    exception is answered 454. If None, nobody has to authenticate, or can.
+    authenticate(user, password): both str and not empty; a client may send once this returned True.
+    All else is answered AUTH_DELAY seconds late, and so is any AUTH for AUTH_MEMORY seconds after
+    it; an exception is answered 454. If None, nobody has to authenticate, or can.
     tls: an ssl.SSLContext for STARTTLS, or with starttls=False for TLS from the first byte.
     check(address, mail): called for the sender, when `mail` has no recipients yet, and for each
     recipient before it is added; may raise either failure. A Command's own check comes first.

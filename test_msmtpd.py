@@ -1844,6 +1844,17 @@ class Authentication(ServerCase):
                 with Client(self.serve(authenticate=answer)) as client:
                     self.assertEqual(client.open("AUTH PLAIN " + self.RIGHT)[:3], "535")
 
+    def test_what_is_empty_is_never_right(self):
+        """RFC 4616 section 2. A directory that binds without a name would say yes."""
+        yes = mock.Mock(return_value=True, spec=())
+        for lines in (["AUTH PLAIN " + encoded("\0user\0")], ["AUTH PLAIN " + encoded("\0\0x")],
+                      ["AUTH LOGIN " + encoded("user"), ""], ["AUTH LOGIN " + encoded("user"), "="],
+                      ["AUTH LOGIN", "", encoded("x")], ["AUTH PLAIN " + encoded("a\0\0")]):
+            with self.subTest(lines), Client(self.serve(authenticate=yes)) as client:
+                self.assertEqual(client.open(*lines)[:9], "535 5.7.8")
+                self.assertEqual(client.do("MAIL FROM:<a@b>")[:3], "530")
+        yes.assert_not_called()
+
     def test_an_exception_says_nothing(self):
         def authenticate(user, password):
             raise KeyError(password)

@@ -421,6 +421,8 @@ _LETTERS = r"[^\x00-/:-@\[-^`{-\x7f]+"
 _LITERAL = (r"\[(?:[0-9]{1,3}(?:\.[0-9]{1,3}){3}|IPv6:[0-9A-Fa-f:.]+"
             r"|(?!IPv6:)[0-9A-Za-z-]*[0-9A-Za-z]:[!-Z^-~]+)\]")
 _DOMAIN = r"(?:{0}(?:(?:-+|\.){0})*|{1})".format(_LETTERS, _LITERAL)
+# They shape letters of Persian and of India's scripts, and are part of domains: RFC 5892 A.1, A.2.
+_JOINERS = r"(?<=[^\x00-\x7f])[\u200c\u200d]"
 # A source route is dropped, so its domains are not checked.
 _PATH = re.compile(
     r' *(?P<angle><(?:@[^\s"<>@,]+(?:,(?=@)|:(?!@)))*)?(?P<mailbox>%s(?:@%s)?)?(?(angle)>)'
@@ -483,7 +485,8 @@ def parse_path(argument: str, keyword: str) -> Optional[Tuple[Optional[str], str
     if address is None:
         return ("" if angle == "<" else None), rest or ""
     # A leading hyphen could make it an option of the command; what is unprintable, nobody can see.
-    valid = not address.startswith("-") and address.isprintable()
+    visible = address.isprintable() or re.sub(_JOINERS, "", address).isprintable()
+    valid = visible and not address.startswith("-")
     return (address if valid else None), rest or ""
 
 

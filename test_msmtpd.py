@@ -419,6 +419,11 @@ class Paths(unittest.TestCase):
         ("FROM:<!#$%&'*+/=?^_`{|}~-@example.org>", "!#$%&'*+/=?^_`{|}~-@example.org", ""),
         ("FROM:<\u00fc@\u00fc.example>", "\u00fc@\u00fc.example", ""),
         ("FROM:<a%b.example@c.example>", "a%b.example@c.example", ""),
+        # Joiners, which some scripts need: RFC 5892 A.1 and A.2.
+        ("FROM:<a@\u0646\u0627\u0645\u0647\u200c\u0627\u06cc.example>",
+         "a@\u0646\u0627\u0645\u0647\u200c\u0627\u06cc.example", ""),
+        ("FROM:<\u0dc1\u0dca\u200d\u0dbb\u0dd3@\u0915\u094d\u200d>",
+         "\u0dc1\u0dca\u200d\u0dbb\u0dd3@\u0915\u094d\u200d", ""),
     )
     BAD = (
         "FROM:", "FROM: ", "FROM:<", "FROM:>", "FROM:<a@b", "FROM:a@b>", "FROM:<a b@c>",
@@ -428,6 +433,7 @@ class Paths(unittest.TestCase):
         "FROM:<a@[IPv6:xyz]>", "FROM:<a@[]>", 'FROM:<"a@b>', 'FROM:<"a"b@c>', "FROM:<a,b@c>",
         "FROM:<a@b>SIZE=1", "FROM:<a(comment)@b>", "FROM:<a\\b@c>", "FROM:<a;b@c>",
         "FROM:<a\u2028b@c>", "FROM:<a\xa0b@c>", "FROM:<a\u202eb@c>", "FROM:<<a@b>>",
+        "FROM:<a\u200db@c>", "FROM:<a@\u200c>", "FROM:<a@b\u200d.c>", "FROM:<\u200c@b>",
         'FROM:<"\x7f"@c>', 'FROM:<"\\\x7f"@c>', 'FROM:<"\\"@c>',
     )
 

@@ -104,6 +104,7 @@ LISTEN_QUEUE = 4096                # clients that wait; the kernel may cut it, L
 CHUNK = 65536                      # bytes per read
 LARGE_CHUNK = 196608               # the same for a large mail: fewer wake-ups, yet fits the cache
 GATHERED = 4096                    # bytes of replies to gather; more are sent at once
+GATHERING = 1.0                    # seconds for which they are gathered while verbs are slow
 
 
 # ---------------------------------------------------------------------------------------------
@@ -706,6 +707,7 @@ class Wire:
         self._slots, self._timeout = slots, timeout
         self._input = b""
         self._output = b""
+        self._gathered = 0.0        # when the first of it was, on time.monotonic()'s clock
         self._unheard = False       # the client takes no more replies
 
     @classmethod
@@ -795,8 +797,11 @@ class Wire:
 
     def write(self, data: bytes) -> None:
         """Send `data`, at the latest before the next wait for the client."""
+        now = time.monotonic()
+        if not self._output:
+            self._gathered = now
         self._output += data
-        if len(self._output) > GATHERED:
+        if len(self._output) > GATHERED or now - self._gathered > GATHERING:
             self.flush()
 
     def flush(self) -> None:

@@ -831,6 +831,24 @@ S: 221""" % (noop, noop, unknown, "x" * 65534))
             client.send(b"NOOP\r\n" * 100)
             wait_for(lambda: len(client.socket.recv(10000, socket.MSG_PEEK)) == 1600, "replies")
 
+    def test_pipelined_replies_do_not_add_up_what_slow_checks_take(self):
+        """The client of a thousand recipients would give up before the reply to the first."""
+        now = 0.0
+
+        def check(address, mail):
+            nonlocal now
+            now += 0.3 * msmtpd.GATHERING
+        self.patch(time=mock.Mock(wraps=time, monotonic=lambda: now))
+        sent, said = [], [b"HELO x\r\nMAIL FROM:<a@b>\r\n" + 8 * b"RCPT TO:<c@d>\r\n", b""]
+        slots = msmtpd.Slots(*socket.socketpair())
+        self.addCleanup(slots.close)
+        wire = msmtpd.Wire(0, 0, lambda size: said.pop(0),
+                           lambda data: sent.append(data.count(b"\n")) or len(data), print, slots,
+                           PATIENCE)
+        settings = msmtpd.Settings(print, check, None, True, False, 0, PATIENCE)
+        msmtpd.Session(wire, settings, None, logging.getLogger("msmtpd")).run()
+        self.assertEqual(sent, [1, 5, 5])
+
     def test_end_of_input_without_quit(self):
         server = self.serve()
         with Client(server) as client:

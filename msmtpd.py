@@ -80,6 +80,7 @@ MAX_MEMORY = 1024 * 1024           # bytes of mail data kept in memory; if large
 MAX_SESSIONS = 16                  # served at a time, further clients wait in the listen queue
 MAX_RECIPIENTS = 1000              # of one mail; at least 100: RFC 5321 4.5.3.1.8
 MAX_RECIPIENT_BYTES = 256 * 1024   # of all together: they become arguments, which ARG_MAX bounds
+MAX_HOPS = 10                      # times that a mail may have been here before: RFC 5321 6.3
 MAX_LINE = 2048                    # bytes, end included; at least 512 plus extensions: 4.5.3.1.4
 MAX_AUTH_LINE = 12288              # bytes of a line in an AUTH exchange: RFC 4954 section 4
 MAX_ENDLESS_LINE = 65536           # bytes after which the end of a line is no longer waited for
@@ -556,6 +557,12 @@ def received_line(name: str, peer: Peer, protocol: str, when: float) -> bytes:
     address = " ([%s%s])" % ("IPv6:" if ":" in host else "", host) if host else ""
     return ("Received: from %s%s\n\tby localhost (msmtpd) with %s;\n\t%s\n"
             % (name, address, protocol, mail_date(when))).encode("ascii", "replace")
+
+
+def count_hops(mail: BinaryIO) -> int:
+    """How many of those lines a mail has, from here or from another msmtpd.py on its way."""
+    header = mail.read(CHUNK).partition(b"\n\n")[0]
+    return header.count(b"by localhost (msmtpd) with ")
 
 
 def mail_date(when: float) -> str:
@@ -1242,7 +1249,7 @@ class Session:
             raise Refused(Reply(501, "5.5.4", "DATA takes no argument"))
         self._write(Reply(354, "", "Send the mail, then a line with only a dot"))
         self._wire.flush()      # so that the client sends while the rest is made ready
-        problem = self._receive(mail)
+        problem = self._receive(mail) or self._refuse_loop(mail)
         self.mail = None
         if problem:
             self._info("refused the mail data: %r", problem)
@@ -1427,6 +1434,12 @@ class Session:
             problem = self._spool(mail, lines)
             del piece, lines        # not to be held while the next is waited for
         return problem
+
+    def _refuse_loop(self, mail: Mail) -> Optional[Reply]:
+        """Return the reply if what mails are piped to sends them back here: RFC 5321 6.3."""
+        if self._settings.received and count_hops(mail.file) > MAX_HOPS:
+            return Reply(554, "5.4.6", "Mail loop: it has been here %d times before" % MAX_HOPS)
+        return None
 
     def _spool(self, mail: Mail, data: bytes) -> Optional[Reply]:
         """Keep `data`; return the reply where that fails."""

@@ -1086,6 +1086,25 @@ class MailData(ServerCase):
                         b"with ESMTP;\n\t"), trace)
                     self.assertEqual(without_trace(rest), expected)
 
+    def test_one_that_comes_back_again_and_again_is_refused(self):
+        """RFC 5321 6.3. All sessions would be taken until the first command's time is over."""
+        def send_back(mail):
+            came.append(mail.data.count(b"Received: "))
+            with smtplib.SMTP(server.host, server.port, timeout=PATIENCE) as client:
+                try:
+                    client.sendmail("a@b", ["c@d"], mail.data)
+                except smtplib.SMTPDataError as error:
+                    raise msmtpd.PermanentFailure(error.smtp_error[6:].decode(), error.smtp_code,
+                                                  error.smtp_error[:5].decode()) from None
+        came = []
+        server = self.serve(send_back, received=True)
+        in_body = "Received: by localhost (msmtpd) with ESMTP;\r\n" * 20
+        with Client(server) as client:
+            self.assertRegex(client.open("MAIL FROM:<a@b>", "RCPT TO:<c@d>", "DATA",
+                                         "Subject: x\r\n\r\n%s." % in_body),
+                             "554 5.4.6 Mail loop")
+        self.assertEqual([n - 20 for n in came], list(range(1, 11)))
+
     def test_large_mail_goes_through_a_file_of_ones_own(self):
         folder = tempfile.mkdtemp()
         self.addCleanup(shutil.rmtree, folder)

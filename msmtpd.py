@@ -2394,31 +2394,25 @@ class _Workers:
         return True
 
     def _work(self, number: int) -> None:
-        """What each thread does."""
+        """What each thread does: accept a client, serve it, and again, until the server stops."""
         with self._starting:
             if number >= self._number:
                 return
-        while self._slots.drain_until is None:
+        while True:
             try:
-                accepted = self._accept(number)
+                self._waiting.add(number)   # first: `join` looks for it once the server stops
+                try:
+                    if self._slots.drain_until is not None:
+                        return
+                    accepted = self._listeners.accept()
+                finally:
+                    self._waiting.discard(number)
                 if accepted:
                     with accepted[0]:
                         self._serve(*accepted)
             except BaseException:
                 _report(self._log, ERROR, "a session ended by an error", exc_info=True)
                 time.sleep(0.1)     # in case it recurs at once
-
-    def _accept(self, number: int) -> Optional[Tuple[socket.socket, object]]:
-        """Wait for a client and return it with its address, None when the server stops."""
-        self._waiting.add(number)       # first: `join` looks for it once the server stops
-        try:
-            while self._slots.drain_until is None:
-                accepted = self._listeners.accept()
-                if accepted:
-                    return accepted
-            return None
-        finally:
-            self._waiting.discard(number)
 
 
 def peer_of(name: object) -> Peer:

@@ -1778,12 +1778,10 @@ class _Run:
 
     def __init__(self, start: Start, program: str, arguments: List[bytes], mail: Mail,
                  stdout: int) -> None:
-        import _thread  # not threading, whose import costs inetd users a millisecond
         self.status: Optional[int] = None
         self.timed_out = False
         self.errors = b""
         self.ended = False
-        self._lock = _thread.allocate_lock()    # held to reap: after that its id may be another's
         self._pause = SHORT_PAUSE           # between looks at a process without a pidfd
         self._stderr: Optional[int] = None  # these two are descriptors
         self._pidfd: Optional[int] = None
@@ -1861,12 +1859,8 @@ class _Run:
 
     def kill(self, number: int) -> None:
         """Send a signal to the whole process group, unless the command has ended."""
-        if self._lock.acquire(blocking=False):      # or else it is being reaped
-            try:
-                if not self.ended:
-                    self._signal_group(number)
-            finally:
-                self._lock.release()
+        if not self.ended:
+            self._signal_group(number)
 
     def _signal_group(self, number: int) -> bool:
         """Send a signal, 0 for none, to the whole group; return whether any process got it."""
@@ -1878,21 +1872,17 @@ class _Run:
 
     def reap(self) -> bool:
         """Take the status of the command, if it has ended; return whether it has."""
-        with self._lock:
-            if self.ended:      # by another thread
-                return True
+        if not self.ended:
             try:
                 pid, status = os.waitpid(self._pid, os.WNOHANG)
             except ChildProcessError:
                 # Somebody in this process waits for all children, or ignores SIGCHLD.
                 pid, status = -1, 0
-            if pid == 0:
-                return False
-            self.ended = True
             if pid > 0:
                 self.status = status and (-os.WTERMSIG(status) if os.WIFSIGNALED(status)
                                           else os.WEXITSTATUS(status))
-            return True
+            self.ended = pid != 0
+        return self.ended
 
     def _read_errors(self) -> None:
         """Read what is there of the command's standard error, and keep the head of it."""

@@ -42,29 +42,13 @@ if TYPE_CHECKING:
     import socket
     import ssl
     import types
-    from typing import (
-        Any,
-        BinaryIO,
-        Callable,
-        Collection,
-        ContextManager,
-        Dict,
-        FrozenSet,
-        Iterable,
-        Iterator,
-        List,
-        Optional,
-        Sequence,
-        Set,
-        Tuple,
-        Type,
-        Union,
-    )
+    from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+    from typing import Any, BinaryIO, ContextManager, Union
 
     Deliver = Callable[["Mail"], object]
     Check = Callable[[str, "Mail"], object]
     Authenticate = Callable[[str, str], bool]
-    Start = Callable[[str, List[bytes], Tuple[int, int, int]], int]
+    Start = Callable[[str, list[bytes], tuple[int, int, int]], int]
     Log = Union[logging.Logger, "ErrorsOnly"]
 
 __version__ = "1.0"
@@ -144,7 +128,7 @@ class Refused(Exception):
     RFC 3463 3.6 has for what goes wrong with the protocol.
     """
 
-    def __init__(self, reply: Reply, is_error: Optional[bool] = None) -> None:
+    def __init__(self, reply: Reply, is_error: bool | None = None) -> None:
         super().__init__(reply)
         self.reply = reply
         self.is_error = reply.enhanced.startswith("5.5.") if is_error is None else is_error
@@ -153,7 +137,7 @@ class Refused(Exception):
 class Disconnect(Exception):
     """Raised by a verb's method to end the session, after `reply` where one is given."""
 
-    def __init__(self, reply: Optional[Reply] = None, reason: str = "") -> None:
+    def __init__(self, reply: Reply | None = None, reason: str = "") -> None:
         super().__init__(reply, reason)
         self.reply, self.reason = reply, reason
 
@@ -163,7 +147,7 @@ class _Failure(Exception):
 
     digit = 0
 
-    def __init__(self, text: str = "", code: Optional[int] = None, enhanced: Optional[str] = None,
+    def __init__(self, text: str = "", code: int | None = None, enhanced: str | None = None,
                  details: Sequence[str] = ()) -> None:
         super().__init__(text)
         if code is not None and not (isinstance(code, int) and code // 100 == self.digit):
@@ -287,7 +271,7 @@ class Mail:
     """
 
     def __init__(self, sender: str, recipients: Sequence[str] = (), data: bytes = b"", *,
-                 peer: Peer = Peer(None, None), helo: str = "", user: Optional[str] = None,
+                 peer: Peer = Peer(None, None), helo: str = "", user: str | None = None,
                  tls: bool = False, smtputf8: bool = False) -> None:
         self.sender, self.recipients = sender, list(recipients)
         self.peer, self.helo, self.user = peer, helo, user
@@ -446,7 +430,7 @@ class HTTPRequest(Exception):
     """The client speaks HTTP."""
 
 
-def parse_verb(line: bytes) -> Tuple[str, str]:
+def parse_verb(line: bytes) -> tuple[str, str]:
     """Split a client's line, without its end, into its verb in upper case and its argument.
 
     Raises HTTPRequest, or ValueError saying what is wrong with its bytes.
@@ -454,7 +438,7 @@ def parse_verb(line: bytes) -> Tuple[str, str]:
     return (_split_cached if line[:5].rstrip(b" ").upper() in _REPEATED else _split)(line)
 
 
-def _split(line: bytes) -> Tuple[str, str]:
+def _split(line: bytes) -> tuple[str, str]:
     if is_http(line):
         raise HTTPRequest
     try:
@@ -473,7 +457,7 @@ _split_cached = functools.lru_cache(maxsize=64)(_split)
 
 
 @functools.lru_cache(maxsize=64)
-def parse_path(argument: str, keyword: str) -> Optional[Tuple[Optional[str], str]]:
+def parse_path(argument: str, keyword: str) -> tuple[str | None, str] | None:
     """Read ``FROM:<path> parameters``, `keyword` being ``FROM`` or ``TO`` (RFC 5321 4.1.1.2, 3).
 
     Returns the address ("" for <>, None where it is no valid one; a source route is dropped) and
@@ -492,9 +476,9 @@ def parse_path(argument: str, keyword: str) -> Optional[Tuple[Optional[str], str
     return (address if valid else None), rest or ""
 
 
-def parse_parameters(text: str) -> Optional[Dict[str, str]]:
+def parse_parameters(text: str) -> dict[str, str] | None:
     """Read ``NAME=value NAME`` (RFC 5321 4.1.2) with names in upper case; None for bad syntax."""
-    parameters: Dict[str, str] = {}
+    parameters: dict[str, str] = {}
     for word in text.split():
         match = re.fullmatch(_PARAMETER, word)
         if match is None or match.group(1).upper() in parameters:
@@ -521,7 +505,7 @@ def is_header(line: bytes) -> bool:
     return colon != b"" and name.replace(b"-", b"0").isalnum()
 
 
-def decode_base64(text: bytes) -> Optional[bytes]:
+def decode_base64(text: bytes) -> bytes | None:
     """The bytes that `text` stands for, None where it is not base64 (RFC 4648 section 4)."""
     import base64
     try:
@@ -530,7 +514,7 @@ def decode_base64(text: bytes) -> Optional[bytes]:
         return None
 
 
-def parse_plain(response: bytes) -> Optional[Tuple[str, str]]:
+def parse_plain(response: bytes) -> tuple[str, str] | None:
     """User and password in a PLAIN response (RFC 4616 section 2), None where it is not one.
 
     The authorization identity, for whom the user wants to act, is ignored.
@@ -644,7 +628,7 @@ class _Watch:
             for descriptor in writers:
                 self._poll.register(descriptor, select.POLLOUT)
 
-    def wait(self, seconds: Optional[float]) -> Collection[int]:
+    def wait(self, seconds: float | None) -> Collection[int]:
         """Wait up to `seconds`, 0 or more, for ever if None; return the descriptors then ready."""
         if self._poll:
             return dict(self._poll.poll(None if seconds is None else 1000 * seconds))
@@ -664,10 +648,10 @@ class Slots:
         self._reader, self._writer = wake_reader, wake_writer
         self._pid = os.getpid()
         self.descriptor: int = wake_reader.fileno()
-        self.waiting: Optional[Collection[int]] = None
+        self.waiting: Collection[int] | None = None
         # On time.monotonic()'s clock: until when mail data may come once the server stops, and
         # until when a delivery is waited for.
-        self.drain_until: Optional[float] = None
+        self.drain_until: float | None = None
         self.leave_at = float("inf")
 
     @property
@@ -753,7 +737,7 @@ class Wire:
             return os.write(sink, data[:512])   # POSIX's least PIPE_BUF: fits once writable
         return cls(source, sink, receive, send, lambda: None, slots, timeout)
 
-    def read_line(self, limit: int) -> Tuple[bytes, bytes]:
+    def read_line(self, limit: int) -> tuple[bytes, bytes]:
         """Return the next line without its end, and that end, LF or CR LF.
 
         Raises LineTooLong beyond `limit` bytes, once the line has ended or MAX_ENDLESS_LINE is
@@ -884,7 +868,7 @@ class Wire:
     def _wait(self, reading: bool, deadline: float, idle: bool = False) -> None:
         """Wait for the client; if `idle`, a stop of the server ends the wait at once."""
         slots, client = self._slots, self._source if reading else self._sink
-        stop: Tuple[int, ...] = (slots.descriptor,)
+        stop: tuple[int, ...] = (slots.descriptor,)
         end, turn = deadline, FULL_TIMEOUT
         while True:
             if slots.drain_until is not None:
@@ -1007,12 +991,12 @@ class Session:
     transaction, from MAIL to the end of the mail data, or None.
     """
 
-    def __init__(self, wire: Wire, settings: Settings, authenticator: Optional[Authenticator],
+    def __init__(self, wire: Wire, settings: Settings, authenticator: Authenticator | None,
                  log: Log, number: int = 1, peer: Peer = Peer(None, None)) -> None:
         self.number, self.peer = number, peer
         self.helo = ""
-        self.user: Optional[str] = None
-        self.mail: Optional[Mail] = None
+        self.user: str | None = None
+        self.mail: Mail | None = None
         self._wire, self._settings, self._authenticator = wire, settings, authenticator
         self._log = log
         self._debugging, self._informing = log.isEnabledFor(DEBUG), log.isEnabledFor(INFO)
@@ -1032,7 +1016,7 @@ class Session:
 
         Returns whether all went well: no 421, no transaction cut off, each mail delivered.
         """
-        reply: Optional[Reply] = None
+        reply: Reply | None = None
         self._info("connect from %s", self.peer)
         try:
             reply = self._converse()
@@ -1067,7 +1051,7 @@ class Session:
         """Greet, and answer line by line; return the reply that ends the session."""
         if self._settings.tls and not self._settings.starttls:
             self._start_tls()
-        reply: Optional[Reply] = self.greet()
+        reply: Reply | None = self.greet()
         while True:
             if reply is not None:
                 if reply.code in (221, 421):        # RFC 5321 3.8
@@ -1079,7 +1063,7 @@ class Session:
         """The first reply: RFC 5321 3.1."""
         return Reply(220, "", "localhost ESMTP msmtpd")
 
-    def _answer(self) -> Optional[Reply]:
+    def _answer(self) -> Reply | None:
         """Read one line and return the reply to it, None for no further one."""
         verb = argument = ""
         try:
@@ -1087,7 +1071,7 @@ class Session:
             method = self.VERBS.get(verb)
             if method is None:
                 raise Refused(Reply(500, "5.5.1", "Unknown command"))
-            reply: Optional[Reply] = getattr(self, method)(argument)
+            reply: Reply | None = getattr(self, method)(argument)
             return reply
         except Refused as refusal:
             if verb in ("MAIL", "RCPT"):
@@ -1097,7 +1081,7 @@ class Session:
                 raise Disconnect(Reply(421, "4.7.0", "Too many errors"), "errors") from None
             return refusal.reply
 
-    def _read_verb(self) -> Tuple[str, str]:
+    def _read_verb(self) -> tuple[str, str]:
         """Return the next line's verb, in upper case, and its argument."""
         line = self._read_line()
         if len(line) + len(self._line_end) > MAX_LINE and line[:5].upper() != b"AUTH ":
@@ -1159,7 +1143,7 @@ class Session:
 
     # The verbs, in the order of a session
 
-    def do_EHLO(self, argument: str) -> Optional[Reply]:
+    def do_EHLO(self, argument: str) -> Reply | None:
         """Greet the client and tell it the extensions: RFC 5321 4.1.1.1."""
         extensions = ["PIPELINING", "SIZE %d" % self._settings.max_size, "8BITMIME", "SMTPUTF8",
                       "ENHANCEDSTATUSCODES"]
@@ -1171,7 +1155,7 @@ class Session:
         self._greet_back(argument, "ESMTP")
         return Reply(250, "", "localhost", *extensions)
 
-    def do_HELO(self, argument: str) -> Optional[Reply]:
+    def do_HELO(self, argument: str) -> Reply | None:
         """Greet the client: RFC 5321 4.1.1.1."""
         self._greet_back(argument, "SMTP")
         return Reply(250, "", "localhost")
@@ -1179,7 +1163,7 @@ class Session:
     def _greet_back(self, name: str, protocol: str) -> None:
         self.helo, self._protocol, self.mail = name, protocol, None
 
-    def do_STARTTLS(self, argument: str) -> Optional[Reply]:
+    def do_STARTTLS(self, argument: str) -> Reply | None:
         """Go on within TLS, as if the session had just begun: RFC 3207."""
         if not self._settings.tls:
             raise Refused(Reply(502, "5.5.1", "STARTTLS is not offered"))
@@ -1190,7 +1174,7 @@ class Session:
         self._start_tls()
         return None
 
-    def do_AUTH(self, argument: str) -> Optional[Reply]:
+    def do_AUTH(self, argument: str) -> Reply | None:
         """Authenticate the client by PLAIN or LOGIN: RFC 4954."""
         if not self._authenticator:
             raise Refused(Reply(502, "5.5.1", "AUTH is not offered"))
@@ -1212,7 +1196,7 @@ class Session:
             raise Refused(Reply(501, "5.5.2", "Bad response"))
         return self._authenticate(*parsed)
 
-    def do_MAIL(self, argument: str) -> Optional[Reply]:
+    def do_MAIL(self, argument: str) -> Reply | None:
         """Begin a transaction: RFC 5321 4.1.1.2."""
         self._require(self._protocol, "Say EHLO first")
         self._require(self.mail is None, "In a transaction already")
@@ -1227,7 +1211,7 @@ class Session:
         self.mail, self._room = mail, MAX_RECIPIENT_BYTES
         return Reply(250, "2.1.0", "Sender accepted")
 
-    def do_RCPT(self, argument: str) -> Optional[Reply]:
+    def do_RCPT(self, argument: str) -> Reply | None:
         """Add a recipient: RFC 5321 4.1.1.3."""
         mail = self._transaction()
         recipient, _ = self._parse_envelope(argument, "TO", "5.1.3", RCPT_PARAMETERS)
@@ -1241,7 +1225,7 @@ class Session:
         self._room -= size
         return Reply(250, "2.1.5", "Recipient accepted")
 
-    def do_DATA(self, argument: str) -> Optional[Reply]:
+    def do_DATA(self, argument: str) -> Reply | None:
         """Take the mail data, and deliver: RFC 5321 4.1.1.4."""
         mail = self._transaction()
         self._require(mail.recipients, "Recipients first")
@@ -1261,36 +1245,36 @@ class Session:
             self._info("the client left before the reply")
         return reply
 
-    def do_BDAT(self, argument: str) -> Optional[Reply]:
+    def do_BDAT(self, argument: str) -> Reply | None:
         """End the session, before the data that follows is taken for verbs: RFC 3030."""
         raise Disconnect(Reply(503, "5.5.1", "BDAT is not offered"), "BDAT")
 
-    def do_RSET(self, argument: str) -> Optional[Reply]:
+    def do_RSET(self, argument: str) -> Reply | None:
         """Give up the transaction: RFC 5321 4.1.1.5."""
         self.mail = None
         return Reply(250, "2.0.0", "Reset")
 
-    def do_VRFY(self, argument: str) -> Optional[Reply]:
+    def do_VRFY(self, argument: str) -> Reply | None:
         """Promise nothing: RFC 5321 4.1.1.6, 7.3."""
         return Reply(252, "2.0.0", "Cannot verify, but will try to deliver")
 
-    def do_EXPN(self, argument: str) -> Optional[Reply]:
+    def do_EXPN(self, argument: str) -> Reply | None:
         """Refuse: RFC 5321 4.1.1.7, 7.3."""
         raise Refused(Reply(502, "5.5.1", "There are no mailing lists"))
 
-    def do_HELP(self, argument: str) -> Optional[Reply]:
+    def do_HELP(self, argument: str) -> Reply | None:
         """List the verbs: RFC 5321 4.1.1.8."""
         return Reply(214, "2.0.0", "Verbs: " + " ".join(self.VERBS))
 
-    def do_NOOP(self, argument: str) -> Optional[Reply]:
+    def do_NOOP(self, argument: str) -> Reply | None:
         """Do nothing: RFC 5321 4.1.1.9."""
         return Reply(250, "2.0.0", "Here")
 
-    def do_QUIT(self, argument: str) -> Optional[Reply]:
+    def do_QUIT(self, argument: str) -> Reply | None:
         """End the session: RFC 5321 4.1.1.10."""
         return Reply(221, "2.0.0", "Goodbye")
 
-    VERBS: Dict[str, str] = {
+    VERBS: dict[str, str] = {
         "EHLO": "do_EHLO", "HELO": "do_HELO", "STARTTLS": "do_STARTTLS", "AUTH": "do_AUTH",
         "MAIL": "do_MAIL", "RCPT": "do_RCPT", "DATA": "do_DATA", "BDAT": "do_BDAT",
         "RSET": "do_RSET", "VRFY": "do_VRFY", "EXPN": "do_EXPN", "HELP": "do_HELP",
@@ -1314,7 +1298,7 @@ class Session:
         return Reply(552, "5.3.4", "Mail exceeds %d bytes" % self._settings.max_size)
 
     def _parse_envelope(self, argument: str, keyword: str, detail: str,
-                        known: FrozenSet[str]) -> Tuple[str, Dict[str, str]]:
+                        known: frozenset[str]) -> tuple[str, dict[str, str]]:
         """Read the argument of MAIL or RCPT; return the address and the parameters."""
         parsed = parse_path(argument, keyword)
         if parsed is None:
@@ -1329,7 +1313,7 @@ class Session:
             raise Refused(Reply(555, "5.5.4", "Unknown parameter"))
         return address, parameters
 
-    def _check_parameters(self, parameters: Dict[str, str]) -> None:
+    def _check_parameters(self, parameters: dict[str, str]) -> None:
         """Refuse values that MAIL cannot have: RFC 1870 6.1, RFC 6152, RFC 6531 3.4."""
         size, body = parameters.get("SIZE", "0"), parameters.get("BODY", "7BIT")
         if (not re.fullmatch("[0-9]{1,20}", size) or body.upper() not in ("7BIT", "8BITMIME")
@@ -1413,7 +1397,7 @@ class Session:
 
     # Mail data
 
-    def _receive(self, mail: Mail) -> Optional[Reply]:
+    def _receive(self, mail: Mail) -> Reply | None:
         """Read the mail data to its end, whatever goes wrong; return the reply if anything did."""
         # People at a terminal and printf | nc end lines in a bare LF; another server never does.
         ends = (b"\r\n.\r\n", b"\n.\n") if self._bare_lf else (b"\r\n.\r\n",)
@@ -1435,13 +1419,13 @@ class Session:
             del piece, lines        # not to be held while the next is waited for
         return problem
 
-    def _refuse_loop(self, mail: Mail) -> Optional[Reply]:
+    def _refuse_loop(self, mail: Mail) -> Reply | None:
         """Return the reply if what mails are piped to sends them back here: RFC 5321 6.3."""
         if self._settings.received and count_hops(mail.file) > MAX_HOPS:
             return Reply(554, "5.4.6", "Mail loop: it has been here %d times before" % MAX_HOPS)
         return None
 
-    def _spool(self, mail: Mail, data: bytes) -> Optional[Reply]:
+    def _spool(self, mail: Mail, data: bytes) -> Reply | None:
         """Keep `data`; return the reply where that fails."""
         try:
             mail.spool.write(data)
@@ -1538,7 +1522,7 @@ def one_user(user: str, password: str) -> Authenticate:
 # Delivery: one command, run for each mail
 # ---------------------------------------------------------------------------------------------
 
-EXIT_REPLIES: Dict[int, Tuple[int, str]] = {    # any other status is 554 5.3.0; see sysexits.h
+EXIT_REPLIES: dict[int, tuple[int, str]] = {    # any other status is 554 5.3.0; see sysexits.h
     65: (554, "5.6.0"),     # EX_DATAERR
     67: (554, "5.1.1"),     # EX_NOUSER
     68: (451, "4.3.0"),     # EX_NOHOST
@@ -1583,7 +1567,7 @@ class Command:
     """
 
     def __init__(self, text: str = "msmtp -f %F --", *, timeout: float = DELIVERY_TIMEOUT,
-                 stdout: Optional[int] = None, alone: bool = False) -> None:
+                 stdout: int | None = None, alone: bool = False) -> None:
         if os.name != "posix":
             raise ValueError("a command needs a POSIX system; give Server a function instead")
         if signal.getsignal(signal.SIGCHLD) is signal.SIG_IGN:
@@ -1600,10 +1584,10 @@ class Command:
                                  % (number, os.devnull)) from None
         self.text, self._timeout = text, timeout
         self._stdout = 1 if stdout is None else stdout
-        self.warnings: List[str] = []
+        self.warnings: list[str] = []
         self._start = _Starter(alone)
-        self._runs: Set[_Run] = set()
-        self._left: Set[_Run] = set()       # those that nothing could end
+        self._runs: set[_Run] = set()
+        self._left: set[_Run] = set()       # those that nothing could end
         self._program, words = self._parse()
         self._by_shell = not words
         self._reparser = _find_reparser(words)
@@ -1658,7 +1642,7 @@ class Command:
         for run in list(self._runs):
             run.kill(signal.SIGTERM)
 
-    def _parse(self) -> Tuple[str, List[str]]:
+    def _parse(self) -> tuple[str, list[str]]:
         """Return the program to start and the command's words, none if a shell has to read it."""
         if not self.text.strip():
             raise ValueError("the command is empty")
@@ -1695,7 +1679,7 @@ class Command:
         """Raise ValueError if the shell cannot read the command; warn if its program is missing."""
         import subprocess
 
-        def ask(*arguments: str) -> Tuple[int, str]:
+        def ask(*arguments: str) -> tuple[int, str]:
             done = subprocess.run(("/bin/sh", *arguments), stdin=subprocess.DEVNULL,
                                   stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, check=False)
             return done.returncode, done.stderr.decode("utf-8", "replace").strip()
@@ -1709,7 +1693,7 @@ class Command:
             self.warnings.append("cannot find or execute the program %s; each mail will be "
                                  "deferred until that is mended" % word.group(2))
 
-    def _arguments(self, mail: Mail) -> List[bytes]:
+    def _arguments(self, mail: Mail) -> list[bytes]:
         """The arguments to start the program with, its own name first.
 
         Addresses are UTF-8 whatever the locale: in some, letters hold bytes of shell operators.
@@ -1735,7 +1719,7 @@ class Command:
         return failure(why + (": " + text if text else ""), code, enhanced, lines)
 
 
-def _find_reparser(words: List[str]) -> str:
+def _find_reparser(words: list[str]) -> str:
     """What might read a sender or recipient as code; "" if nothing in the command might."""
     if not words:
         return "the command needs a shell"
@@ -1776,15 +1760,15 @@ class _Run:
     errors: the head of its standard error. ended: whether it was reaped.
     """
 
-    def __init__(self, start: Start, program: str, arguments: List[bytes], mail: Mail,
+    def __init__(self, start: Start, program: str, arguments: list[bytes], mail: Mail,
                  stdout: int) -> None:
-        self.status: Optional[int] = None
+        self.status: int | None = None
         self.timed_out = False
         self.errors = b""
         self.ended = False
         self._pause = SHORT_PAUSE           # between looks at a process without a pidfd
-        self._stderr: Optional[int] = None  # these two are descriptors
-        self._pidfd: Optional[int] = None
+        self._stderr: int | None = None  # these two are descriptors
+        self._pidfd: int | None = None
         stdin = _open_input(mail)
         try:
             self._stderr, stderr = os.pipe()
@@ -1949,8 +1933,8 @@ class _Starter:
             except (ImportError, AttributeError, OSError, MemoryError):     # no ctypes, or no glibc
                 self._start = self._popen
 
-    def __call__(self, program: str, arguments: List[bytes],
-                 descriptors: Tuple[int, int, int]) -> int:
+    def __call__(self, program: str, arguments: list[bytes],
+                 descriptors: tuple[int, int, int]) -> int:
         stdin, _, stderr = descriptors
         if min(stdin, stderr) < 3:      # one dup2 could overwrite what another is to copy
             raise OSError(errno.EBADF, "one of descriptors 0 to 2 of this process was closed")
@@ -1962,8 +1946,8 @@ class _Starter:
         # A script without #! is run by the shell, as by execvp(3).
         return self._start("/bin/sh", [b"sh", os.fsencode(program), *arguments[1:]], descriptors)
 
-    def _spawn(self, program: str, arguments: List[bytes],
-               descriptors: Tuple[int, int, int]) -> int:
+    def _spawn(self, program: str, arguments: list[bytes],
+               descriptors: tuple[int, int, int]) -> int:
         """Needs no import, but makes other threads wait, and closes no descriptor."""
         if _hide_descriptors():
             try:
@@ -1976,8 +1960,8 @@ class _Starter:
                 pass
         return self._popen(program, arguments, descriptors)
 
-    def _popen(self, program: str, arguments: List[bytes],
-               descriptors: Tuple[int, int, int]) -> int:
+    def _popen(self, program: str, arguments: list[bytes],
+               descriptors: tuple[int, int, int]) -> int:
         import subprocess
         stdin, stdout, stderr = descriptors
         process = subprocess.Popen(arguments, executable=program, stdin=stdin, stdout=stdout,
@@ -2000,7 +1984,7 @@ def _hide_descriptors() -> bool:
     return True
 
 
-def _glibc_spawn(environment: Dict[bytes, bytes]) -> Start:
+def _glibc_spawn(environment: dict[bytes, bytes]) -> Start:
     """A Start by posix_spawn(3) of glibc 2.34 or newer; elsewhere it raises what _Starter catches.
 
     Other threads run while it starts a process, as they do not under subprocess and
@@ -2014,7 +1998,7 @@ def _glibc_spawn(environment: Dict[bytes, bytes]) -> Start:
     def block() -> ctypes.Array[ctypes.c_long]:
         return (ctypes.c_long * 128)()      # larger than each of glibc's structures
 
-    def strings(texts: List[bytes]) -> ctypes.Array[ctypes.c_char_p]:
+    def strings(texts: list[bytes]) -> ctypes.Array[ctypes.c_char_p]:
         if b"\0" in b"".join(texts):
             raise ValueError("NUL in an argument")      # it would end there
         return (ctypes.c_char_p * (len(texts) + 1))(*texts, None)
@@ -2028,7 +2012,7 @@ def _glibc_spawn(environment: Dict[bytes, bytes]) -> Start:
     glibc.posix_spawnattr_setsigmask(attributes, none)
     variables = strings([b"%b=%b" % variable for variable in environment.items()])
 
-    def start(program: str, arguments: List[bytes], descriptors: Tuple[int, int, int]) -> int:
+    def start(program: str, arguments: list[bytes], descriptors: tuple[int, int, int]) -> int:
         actions, pid, words = block(), ctypes.c_int(), strings(arguments)
         error = glibc.posix_spawn_file_actions_init(actions)
         for number, descriptor in enumerate(descriptors):
@@ -2042,7 +2026,7 @@ def _glibc_spawn(environment: Dict[bytes, bytes]) -> Start:
     return start
 
 
-def find_program(name: str) -> Optional[str]:
+def find_program(name: str) -> str | None:
     """The path of a program, None where there is none that can be executed.
 
     As shutil.which has it, whose import would cost inetd users some milliseconds.
@@ -2054,7 +2038,7 @@ def find_program(name: str) -> Optional[str]:
     return None
 
 
-def smtpd_handler(process_message: Callable[..., Optional[str]], *,
+def smtpd_handler(process_message: Callable[..., str | None], *,
                   decode_data: bool = False) -> Deliver:
     """The `deliver` that calls a `process_message` written for the removed module smtpd.
 
@@ -2103,13 +2087,13 @@ class Server:
     Raises TypeError and ValueError for arguments that make no sense.
     """
 
-    def __init__(self, deliver: Deliver, host: Union[str, Sequence[str]] = "127.0.0.1",
-                 port: int = 0, *, authenticate: Optional[Authenticate] = None,
-                 tls: Optional[ssl.SSLContext] = None, starttls: bool = True,
-                 check: Optional[Check] = None, session: Type[Session] = Session,
+    def __init__(self, deliver: Deliver, host: str | Sequence[str] = "127.0.0.1",
+                 port: int = 0, *, authenticate: Authenticate | None = None,
+                 tls: ssl.SSLContext | None = None, starttls: bool = True,
+                 check: Check | None = None, session: type[Session] = Session,
                  received: bool = False, max_size: int = MAX_SIZE,
                  max_sessions: int = MAX_SESSIONS, timeout: float = TIMEOUT,
-                 sockets: Sequence[socket.socket] = (), log: Optional[Log] = None) -> None:
+                 sockets: Sequence[socket.socket] = (), log: Log | None = None) -> None:
         self._hosts = [host] if isinstance(host, str) else list(dict.fromkeys(host))
         if not callable(deliver):
             raise TypeError("deliver has to be a function of one mail, not %r" % (deliver,))
@@ -2118,7 +2102,7 @@ class Server:
             raise ValueError("no host is given, or one of port, max_size, max_sessions and timeout "
                              "is out of its range")
         self.host, self.port = self._hosts[0], port
-        self.addresses: List[Peer] = []
+        self.addresses: list[Peer] = []
         self._port, self._sockets = port, sockets
         if isinstance(deliver, Command):        # so that MAIL and RCPT already refuse
             check = _both(deliver.check, check) if check else deliver.check
@@ -2127,14 +2111,14 @@ class Server:
         self._session, self._max_sessions = session, max_sessions
         self._log = _library_log() if log is None else log
         self._numbers = itertools.count(1)
-        self._slots: Optional[Slots] = None         # while it is started
-        self._workers: Optional[_Workers] = None
+        self._slots: Slots | None = None         # while it is started
+        self._workers: _Workers | None = None
         self._forever = False                       # somebody is in serve_forever
 
     @property
-    def tls(self) -> Optional[ssl.SSLContext]:
+    def tls(self) -> ssl.SSLContext | None:
         """The context of sessions that begin from now on. Another one may be set at any time."""
-        context: Optional[ssl.SSLContext] = self._settings.tls
+        context: ssl.SSLContext | None = self._settings.tls
         return context
 
     @tls.setter
@@ -2212,7 +2196,7 @@ class Server:
             if not (workers.left_behind or self._forever):
                 slots.close()
 
-    def serve_forever(self, stopping: Optional[Callable[[], object]] = None) -> None:
+    def serve_forever(self, stopping: Callable[[], object] | None = None) -> None:
         """Serve, starting first if need be, until a `stop` or `drain` has ended all sessions.
 
         `stopping` is called when the end begins. An exception of a signal handler's, such as
@@ -2255,7 +2239,7 @@ class Server:
             slots.close()
 
     def _serve(self, client: socket.socket, name: object, slots: Slots,
-               authenticator: Optional[Authenticator]) -> None:
+               authenticator: Authenticator | None) -> None:
         """Serve one client to the end."""
         wire = Wire.of_socket(client, slots, self._settings.timeout)
         self._session(wire, self._settings, authenticator, self._log, next(self._numbers),
@@ -2278,7 +2262,7 @@ class _Listeners:
         self._closing = threading.Lock()        # not _turn, which a fork may copy as held
         self._turn: ContextManager[object] = threading.Lock()
         try:
-            self._epoll: Optional[select.epoll] = select.epoll()
+            self._epoll: select.epoll | None = select.epoll()
             self._once = select.EPOLLIN | select.EPOLLONESHOT
             self._epoll.register(stop, select.EPOLLIN)
             for descriptor in self._sockets:
@@ -2287,7 +2271,7 @@ class _Listeners:
         except (AttributeError, OSError):
             self._epoll = None
 
-    def accept(self) -> Optional[Tuple[socket.socket, object]]:
+    def accept(self) -> tuple[socket.socket, object] | None:
         """Wait, and return a client and its address; None if it is to be called again."""
         ready: Collection[int] = self._sockets      # to be armed again: all, until poll says which
         with self._turn:
@@ -2332,9 +2316,9 @@ class _Workers:
         import threading
         self._listeners, self._slots, self._log, self._serve = listeners, slots, log, serve
         self._number = number
-        self._threads: List[threading.Thread] = []
+        self._threads: list[threading.Thread] = []
         self._starting = threading.Lock()   # held while they are started
-        self._waiting: Set[int] = set()     # the numbers of those that wait for a client
+        self._waiting: set[int] = set()     # the numbers of those that wait for a client
         slots.waiting = self._waiting
         self.left_behind = 0                # how many threads did not end
 
@@ -2426,12 +2410,12 @@ def _peer_behind(descriptor: int) -> Peer:
             return Peer(None, None)
 
 
-def _listen(hosts: Sequence[str], wanted: int, tries: int = 8) -> List[socket.socket]:
+def _listen(hosts: Sequence[str], wanted: int, tries: int = 8) -> list[socket.socket]:
     """Return sockets that listen on each of `hosts`, at port `wanted` or, if 0, one free on all."""
     import contextlib
     import socket
     hosts, port = list(hosts), wanted
-    listeners: List[socket.socket] = []
+    listeners: list[socket.socket] = []
     with contextlib.ExitStack() as opened:
         for host in hosts:
             try:
@@ -2522,7 +2506,7 @@ class StartError(Exception):
     """Why the program cannot start, and what to do about it."""
 
 
-def main(argv: Optional[Sequence[str]] = None) -> int:
+def main(argv: Sequence[str] | None = None) -> int:
     """Run the program with these arguments, sys.argv's if None; return its exit status."""
     if sys.version_info < (3, 8):
         _tell("needs Python 3.8 or newer")
@@ -2571,7 +2555,7 @@ def _settle(inetd: bool) -> None:
                 signal.signal(number, signal.SIG_DFL)
 
 
-def _read_options(arguments: Sequence[str]) -> Tuple[types.SimpleNamespace, List[str]]:
+def _read_options(arguments: Sequence[str]) -> tuple[types.SimpleNamespace, list[str]]:
     """Read the options, named as in OPTIONS, with _ for -; return them, and what is wrong.
 
     The rules are those of getopt_long(3). The modules getopt and argparse end at the first mistake,
@@ -2601,7 +2585,7 @@ def _read_options(arguments: Sequence[str]) -> Tuple[types.SimpleNamespace, List
     return options, mistakes
 
 
-def _read_option(word: str, words: Iterator[str]) -> Tuple[str, object]:
+def _read_option(word: str, words: Iterator[str]) -> tuple[str, object]:
     """Read an option; return its name and value, which may be the next of `words`.
 
     Raises ValueError saying what is wrong.
@@ -2634,7 +2618,7 @@ def _read_option(word: str, words: Iterator[str]) -> Tuple[str, object]:
         raise ValueError("--%s: %s" % (name, error)) from None
 
 
-def _auth(value: str) -> Tuple[str, str]:
+def _auth(value: str) -> tuple[str, str]:
     user, comma, command = value.partition(",")
     if not user or comma and not command:
         raise ValueError("write USER, or USER,COMMAND")
@@ -2675,7 +2659,7 @@ def _size(value: str) -> int:
 
 # The default of each option, and the function that reads its value or raises ValueError; None for
 # an option that takes no value.
-OPTIONS: Dict[str, Tuple[object, Optional[Callable[[str], object]]]] = {
+OPTIONS: dict[str, tuple[object, Callable[[str], object] | None]] = {
     "inetd": (False, None), "interface": ((), str), "port": (25, _port),
     "command": ("msmtp -f %F --", str), "received": (True, _switch),
     "log": ("none", str), "debug": (False, None),
@@ -2779,7 +2763,7 @@ def _first_line(output: bytes) -> str:
     return output.split(b"\n")[0].rstrip(b"\r").decode()
 
 
-def _run_lookup(*arguments: str) -> Tuple[str, str]:
+def _run_lookup(*arguments: str) -> tuple[str, str]:
     """The first line that a look-up program prints, or why there is none."""
     import subprocess
     try:
@@ -2797,17 +2781,17 @@ def _run_lookup(*arguments: str) -> Tuple[str, str]:
     return password, "%s: %s" % (arguments[0], why_not)
 
 
-def _ask_secret_tool(user: str) -> Tuple[str, str]:
+def _ask_secret_tool(user: str) -> tuple[str, str]:
     return _run_lookup("secret-tool", "lookup", "host", "localhost", "service", "smtp",
                        "user", user)
 
 
-def _ask_keychain(user: str) -> Tuple[str, str]:
+def _ask_keychain(user: str) -> tuple[str, str]:
     return _run_lookup("security", "find-internet-password", "-s", "localhost", "-r", "smtp",
                        "-a", user, "-w")
 
 
-def _ask_keyring(user: str) -> Tuple[str, str]:
+def _ask_keyring(user: str) -> tuple[str, str]:
     try:
         import keyring  # type: ignore[import-not-found, unused-ignore]
         return keyring.get_password("smtp://localhost", user) or "", "keyring: no such entry"
@@ -2817,7 +2801,7 @@ def _ask_keyring(user: str) -> Tuple[str, str]:
         return "", "keyring: %s" % _shown(_why(error))
 
 
-def _ask_terminal(user: str) -> Tuple[str, str]:
+def _ask_terminal(user: str) -> tuple[str, str]:
     try:
         os.close(os.open("/dev/tty", os.O_RDWR))
     except OSError:     # without it, getpass would ask on standard input
@@ -2831,7 +2815,7 @@ def _ask_terminal(user: str) -> Tuple[str, str]:
         return "", "what was typed is not UTF-8"
 
 
-def _tls_context(certificate: str, key: Optional[str]) -> ssl.SSLContext:
+def _tls_context(certificate: str, key: str | None) -> ssl.SSLContext:
     """A context for TLS 1.2 and newer. Raises StartError where the files are not in order."""
     try:
         import ssl
@@ -2870,7 +2854,7 @@ def _holds(name: str, part: bytes) -> bool:
 
 
 def _make_server(options: types.SimpleNamespace, log: Log,
-                 stdout: Optional[int]) -> Tuple[Server, Command]:
+                 stdout: int | None) -> tuple[Server, Command]:
     """The server that the options describe, and the command it delivers to."""
     sockets = _inherited_sockets(options.inetd)
     try:
@@ -3024,7 +3008,7 @@ class _Reload:
                 _report(self._log, ERROR, "kept the certificate: %s", error)
 
 
-def _inherited_sockets(inetd: bool) -> List[socket.socket]:
+def _inherited_sockets(inetd: bool) -> list[socket.socket]:
     """The sockets that systemd passes (sd_listen_fds(3)). Raises StartError for unfit ones."""
     pid, number = os.environ.pop("LISTEN_PID", ""), os.environ.pop("LISTEN_FDS", "")
     os.environ.pop("LISTEN_FDNAMES", None)

@@ -2723,22 +2723,25 @@ def _find_password(user: str, command: str, inetd: bool) -> str:
     """The password of --auth, looked up once. Raises StartError saying what was tried."""
     if command:
         return _evaluate(command, inetd)
-    looks = [_ask_secret_tool, _ask_keyring]
-    if sys.platform == "darwin":
-        looks.append(_ask_keychain)
-    if not inetd:
-        looks.append(_ask_terminal)
     tried = []
-    for look in looks:
-        password, why_not = look(user)
+    for password, why_not in _look_up(user, inetd):
         if password:
             return password
         tried.append(why_not)
-    if inetd:
-        tried.append("no prompt under inetd")
     raise StartError("no password for %s: %s; store one with \"secret-tool store --label=msmtpd "
                      "host localhost service smtp user %s\", or give a command that prints it: "
                      "--auth=%s,COMMAND" % (user, ", ".join(tried), user, user))
+
+
+def _look_up(user: str, inetd: bool) -> Iterator[tuple[str, str]]:
+    """Look in one place after the other; yield the password, or "" and why it is not there."""
+    yield _run_lookup("secret-tool", "lookup", "host", "localhost", "service", "smtp",
+                      "user", user)
+    yield _ask_keyring(user)
+    if sys.platform == "darwin":
+        yield _run_lookup("security", "find-internet-password", "-s", "localhost", "-r", "smtp",
+                          "-a", user, "-w")
+    yield ("", "no prompt under inetd") if inetd else _ask_terminal(user)
 
 
 def _evaluate(command: str, inetd: bool) -> str:
@@ -2779,16 +2782,6 @@ def _run_lookup(*arguments: str) -> tuple[str, str]:
     errors = done.stderr.decode("utf-8", "replace").strip()
     why_not = _shown(errors.split(": ", 1)[-1]) or "no such entry, or the key ring is locked"
     return password, "%s: %s" % (arguments[0], why_not)
-
-
-def _ask_secret_tool(user: str) -> tuple[str, str]:
-    return _run_lookup("secret-tool", "lookup", "host", "localhost", "service", "smtp",
-                       "user", user)
-
-
-def _ask_keychain(user: str) -> tuple[str, str]:
-    return _run_lookup("security", "find-internet-password", "-s", "localhost", "-r", "smtp",
-                       "-a", user, "-w")
 
 
 def _ask_keyring(user: str) -> tuple[str, str]:

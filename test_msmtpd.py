@@ -5347,9 +5347,10 @@ class Passwords(PeerCase):
 
     def test_keychain(self):
         self.script("security", "#!/bin/sh\necho \"$@\"\n")
-        path = self.folder + os.pathsep + os.environ.get("PATH", os.defpath)
-        with mock.patch.dict(os.environ, PATH=path), mock.patch.object(sys, "platform", "darwin"):
-            self.assertEqual(msmtpd._ask_keychain("joe")[0],
+        with mock.patch.dict(os.environ, PATH=self.folder), \
+                mock.patch.dict(sys.modules, keyring=None), \
+                mock.patch.object(sys, "platform", "darwin"):
+            self.assertEqual(msmtpd._find_password("joe", "", True),
                              "find-internet-password -s localhost -r smtp -a joe -w")
 
     def test_a_password_is_a_whole_line(self):

@@ -321,8 +321,8 @@ def _refuse_result(result: object) -> None:
 
 
 class Settings(collections.namedtuple("Settings", (
-        "deliver", "check", "tls", "starttls", "received", "max_size", "timeout"))):
-    """What all sessions of a server share; see Server's arguments."""
+        "deliver", "checks", "tls", "starttls", "received", "max_size", "timeout"))):
+    """What all sessions of a server share; see Server's arguments, but for `checks`, in order."""
 
     __slots__ = ()
 
@@ -1326,10 +1326,9 @@ class Session:
         """Raise Refused for an address that needs SMTPUTF8 without it, or that `check` refuses."""
         if not (address.isascii() or mail.smtputf8):
             raise Refused(Reply(553, "5.6.7", "Address needs SMTPUTF8"))
-        if self._settings.check is None:
-            return
         try:
-            _refuse_result(self._settings.check(address, mail))
+            for check in self._settings.checks:
+                _refuse_result(check(address, mail))
         except _Failure as failure:
             self._log_details(failure)
             raise Refused(failure.reply(553, detail, "Address refused"), False) from None
@@ -2104,9 +2103,10 @@ class Server:
         self.host, self.port = self._hosts[0], port
         self.addresses: list[Peer] = []
         self._port, self._sockets = port, sockets
+        checks: tuple[Check, ...] = (check,) if check else ()
         if isinstance(deliver, Command):        # so that MAIL and RCPT already refuse
-            check = _both(deliver.check, check) if check else deliver.check
-        self._settings = Settings(deliver, check, tls, starttls, received, max_size, timeout)
+            checks = (deliver.check, *checks)
+        self._settings = Settings(deliver, checks, tls, starttls, received, max_size, timeout)
         self._authenticate = authenticate
         self._session, self._max_sessions = session, max_sessions
         self._log = _library_log() if log is None else log
@@ -2438,14 +2438,6 @@ def _listen(hosts: Sequence[str], wanted: int, tries: int = 8) -> list[socket.so
             port = listeners[-1].getsockname()[1]
         opened.pop_all()
     return listeners
-
-
-def _both(first: Check, second: Check) -> Check:
-    """The check that asks both."""
-    def check(address: str, mail: Mail) -> None:
-        for ask in (first, second):
-            _refuse_result(ask(address, mail))
-    return check
 
 
 def _library_log() -> logging.Logger:

@@ -845,7 +845,7 @@ S: 221""" % (noop, noop, unknown, "x" * 65534))
         wire = msmtpd.Wire(0, 0, lambda size: said.pop(0),
                            lambda data: sent.append(data.count(b"\n")) or len(data), print, slots,
                            PATIENCE)
-        settings = msmtpd.Settings(print, check, None, True, False, 0, PATIENCE)
+        settings = msmtpd.Settings(print, (check,), None, True, False, 0, PATIENCE)
         msmtpd.Session(wire, settings, None, logging.getLogger("msmtpd")).run()
         self.assertEqual(sent, [1, 5, 5])
 

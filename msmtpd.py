@@ -505,15 +505,6 @@ def is_header(line: bytes) -> bool:
     return colon != b"" and name.replace(b"-", b"0").isalnum()
 
 
-def decode_base64(text: bytes) -> bytes | None:
-    """The bytes that `text` stands for, None where it is not base64 (RFC 4648 section 4)."""
-    import base64
-    try:
-        return base64.b64decode(text, validate=True)
-    except ValueError:      # binascii.Error is one
-        return None
-
-
 def parse_plain(response: bytes) -> tuple[str, str] | None:
     """User and password in a PLAIN response (RFC 4616 section 2), None where it is not one.
 
@@ -1370,10 +1361,11 @@ class Session:
 
     def _response(self, text: str) -> bytes:
         """A response without its base64; "=" is an empty one (RFC 4954 section 4)."""
-        response = decode_base64(b"" if text == "=" else text.encode())
-        if response is None:
-            raise Refused(Reply(501, "5.5.2", "Bad base64"))
-        return response
+        import base64
+        try:
+            return base64.b64decode("" if text == "=" else text, validate=True)
+        except ValueError:      # binascii.Error is one
+            raise Refused(Reply(501, "5.5.2", "Bad base64")) from None
 
     def _authenticate(self, user: str, password: str) -> Reply:
         assert self._authenticator is not None

@@ -2178,13 +2178,16 @@ class Server:
         grace, patience: in seconds. A `deliver` that does not return in time is logged, and its
         thread left behind. Called in a `deliver`, this waits for nobody.
         """
-        self.drain(grace, patience)
-        self._finish()
+        slots, workers = self._slots, self._workers     # by the end, a `deliver` may start others
+        if slots:
+            slots.drain(grace, patience)
+            self._finish(slots, workers)
 
-    def _finish(self) -> None:
-        slots, workers = self._slots, self._workers
-        if slots and workers and workers.join():
-            self._slots = self._workers = None
+    def _finish(self, slots: Slots, workers: _Workers | None) -> None:
+        """Wait for the end of what was started as these."""
+        if workers and workers.join():
+            if self._slots is slots:
+                self._slots = self._workers = None
             if not (workers.left_behind or self._forever):
                 slots.close()
 
@@ -2196,7 +2199,7 @@ class Server:
         """
         if not self._slots:
             self.start()
-        slots = self._slots
+        slots, workers = self._slots, self._workers
         if not slots:       # stopped since
             return
         self._forever = True
@@ -2211,7 +2214,7 @@ class Server:
             if stopping:
                 stopping()
         finally:
-            self._finish()
+            self._finish(slots, workers)
 
     def serve_descriptors(self, source: int = 0, sink: int = 1) -> bool:
         """Serve one client on two descriptors, in this thread, as inetd wants it.

@@ -2603,6 +2603,36 @@ class StoppingAServer(LibraryCase):
         for client in [self.client(server) for _ in range(3)]:
             self.assertEqual(client.line(), "220 localhost ESMTP msmtpd")
 
+    def test_inside_deliver_it_may_be_followed_by_a_start_whoever_waits_for_its_end(self):
+        """What waits ends with what it waited for, and neither ends nor forgets the new start."""
+        def deliver(mail):
+            self.entered.release()
+            self.release.wait(PATIENCE)
+            server.stop()
+            server.start()
+
+        for way in ("serve_forever", "stop"):
+            with self.subTest(way=way):
+                self.release.clear()
+                server = self.serve(deliver, max_sessions=1)
+                self.sender(server)
+                self.assertTrue(self.entered.acquire(timeout=PATIENCE))
+                waiting = threading.Thread(
+                    target=getattr(server, way), daemon=True,
+                    args=(PATIENCE, PATIENCE) if way == "stop" else ())
+                waiting.start()
+                wait_for(lambda server=server: server._forever
+                         or server._slots.drain_until is not None, "it to wait")
+                self.release.set()
+                waiting.join(PATIENCE)
+                self.assertFalse(waiting.is_alive())
+                for _ in range(2):
+                    with Client(server) as client:
+                        self.assertEqual(client.open("QUIT")[:3], "221")
+                server.stop()
+                with self.assertRaises(OSError):
+                    Client(server)
+
     def test_inside_deliver_it_may_be_followed_by_a_block(self):
         server = self.serve(lambda mail: server.stop())
         self.assertEqual(self.sender(server).line(), "250 2.0.0 Delivered")

@@ -267,7 +267,8 @@ class Mail:
     peer: the client's Peer. helo: the name it gave. user: as whom it authenticated, or None.
     tls: whether it came over TLS. smtputf8: whether its addresses may be more than ASCII.
     outcome: text for the log line, which a `deliver` may set, as Command sets "exit=0".
-    spool: the mail data, kept for as long as this object. To be used by one thread at a time.
+    spool: the mail data, kept for as long as this object; over 64 KiB, it takes a descriptor. To be
+    used by one thread at a time.
     """
 
     def __init__(self, sender: str, recipients: Sequence[str] = (), data: bytes = b"", *,
@@ -322,7 +323,7 @@ def _refuse_result(result: object) -> None:
 
 class Settings(collections.namedtuple("Settings", (
         "deliver", "checks", "tls", "starttls", "received", "max_size", "timeout"))):
-    """What all sessions of a server share; see Server's arguments, but for `checks`, in order."""
+    """What all sessions of a server share: see Server's arguments; `checks` are asked in turn."""
 
     __slots__ = ()
 
@@ -2386,8 +2387,8 @@ class _Workers:
 
 def peer_of(name: object) -> Peer:
     """The Peer that a socket's address stands for."""
-    if not isinstance(name, tuple):
-        return Peer(None, None)     # a Unix socket's
+    if not (isinstance(name, tuple) and isinstance(name[0], str)):
+        return Peer(None, None)     # a Unix or VM socket's
     host = name[0]
     return Peer(host[7:] if host.startswith("::ffff:") and "." in host else host, name[1])
 

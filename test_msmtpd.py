@@ -2082,6 +2082,7 @@ class Slots(ServerCase):
                            b"DATA\r\nx\r\n.\r\nQUIT\r\n")
             self.assertEqual(client.makefile("rb").read()[-21:], b"\r\n221 2.0.0 Goodbye\r\n")
         self.assertTrue(self.mails[0].data.startswith(b"Received: from x\n\tby localhost"))
+        self.assertEqual(msmtpd.peer_of((2, 25)), msmtpd.Peer(None, None))      # as AF_VSOCK has it
 
     def test_small_replies_are_not_held_back(self):
         with mock.patch.object(msmtpd.Wire, "of_socket", wraps=msmtpd.Wire.of_socket) as made, \

@@ -2805,6 +2805,9 @@ def _tls_context(certificate: str, key: str | None) -> ssl.SSLContext:
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     context.minimum_version = ssl.TLSVersion.TLSv1_2
     context.options |= getattr(ssl, "OP_NO_RENEGOTIATION", 0)
+    if ssl.HAS_TLSv1_3:
+        # Clients that use libesmtp take a ticket for the reply that they wait for, and hang.
+        context.num_tickets = 0
 
     def refuse() -> str:
         raise StartError("the key in %s is encrypted; decrypt it first, with "

@@ -4812,8 +4812,8 @@ class RealClients(PeerCase):
             if way != "plain":
                 options["authenticate"] = lambda *login: login == ("joe", "secret")
             if way in ("starttls", "tls"):
-                options["tls"] = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-                options["tls"].load_cert_chain(*(word.split("=")[1] for word in self.tls_files))
+                options["tls"] = msmtpd._tls_context(
+                    *(word.split("=")[1] for word in self.tls_files))
             server = msmtpd.Server(msmtpd.Command(self.capture + " -f %F --"), received=True,
                                    starttls=way != "tls", **options)
             server.start()
@@ -4994,6 +4994,17 @@ class RealClients(PeerCase):
             ("starttls", "ESMTPSA", "-e 'set smtp_url=smtp://joe@127.0.0.1:{port} "
              "ssl_starttls=yes ssl_force_tls=yes'"),
             compare=self.check_composed, data=TEXT.encode())
+
+    def test_esmtp(self):
+        """And so libesmtp, which names the recipients from the last to the first."""
+        self.need("esmtp")
+        self.home["SSL_CERT_FILE"] = os.path.join(self.folder, "certificate")
+        for way, protocol in (("plain", "ESMTP"), ("auth", "ESMTPA"), ("starttls", "ESMTPSA")):
+            login = "" if way == "plain" else 'username = "joe"\npassword = "secret"\n'
+            rc = self.write("esmtprc", 'hostname = "localhost:%d"\n%sstarttls = %s\n' % (
+                self.port(way), login, "required" if way == "starttls" else "disabled"))
+            self.check_client("esmtp -C %s -f a@example.org c@example.org b@example.org" % rc,
+                              (way, protocol, ""), compare=self.check_composed)
 
     def test_smtp_source(self):
         source = os.environ.get("SMTP_SOURCE") or self.need("smtp-source")
@@ -5556,6 +5567,15 @@ class Encryption(PeerCase):
     def test_no_renegotiation(self):
         context = msmtpd._tls_context(self.write("both", CERTIFICATE_1 + KEY_1), None)
         self.assertTrue(context.options & ssl.OP_NO_RENEGOTIATION)
+
+    @unittest.skipUnless(getattr(ssl, "HAS_TLSv1_3", False), "no TLS 1.3")
+    def test_nothing_comes_unasked_behind_the_handshake(self):
+        """Such as tickets, of which libesmtp takes the arrival for that of a reply."""
+        process, address = self.serve()
+        client = self.connect(address)
+        self.assertEqual(client.sock.version(), "TLSv1.3")
+        self.assertEqual(client.noop()[0], 250)     # before which they would have been read
+        self.assertFalse(client.sock.session.has_ticket)
 
     def test_handshake_takes_a_slot_and_is_under_the_limit(self):
         for way, before in ("on", ("EHLO client.example", "STARTTLS")), ("off", ()):

@@ -585,11 +585,11 @@ class Transparency:
 # ---------------------------------------------------------------------------------------------
 
 class Gone(Exception):
-    """The client closed or broke the connection."""
+    """The client closed or broke the connection; the text may hint at why."""
 
 
 class Silent(Exception):
-    """The client neither sent nor took anything for too long, or was too slow."""
+    """The client neither sent nor took anything for too long, or was too slow; as Gone."""
 
 
 class Stopping(Exception):
@@ -774,8 +774,13 @@ class Wire:
                 yield piece
             del piece           # no more than `data` is held while the client is waited for
             held, now = len(data), time.monotonic()
-            data += self._pull(self._timeout + min(now, start + received / MIN_RATE),
-                               size=CHUNK if received < CHUNK else LARGE_CHUNK)
+            try:
+                data += self._pull(self._timeout + min(now, start + received / MIN_RATE),
+                                   size=CHUNK if received < CHUNK else LARGE_CHUNK)
+            except (Gone, Silent) as end:
+                if data.endswith((b"\n.\n", b"\n.\r\n")):      # the client waited for the reply
+                    end.args = ("; mail data has to end in CR LF . CR LF",)
+                raise
             received += len(data) - held
 
     def write(self, data: bytes) -> None:
@@ -1015,11 +1020,11 @@ class Session:
             reason = "QUIT" if reply.code == 221 else "by the server"
         except Disconnect as end:
             reason, reply = end.reason or "by the server", end.reply
-        except Gone:
-            reason = "the client left" + (" in mid-transaction" if self.mail else "")
-        except Silent:
-            reason = "the client was silent or too slow"
-            reply = Reply(421, "4.4.2", "Waited for too long")
+        except Gone as end:
+            reason = "the client left%s%s" % (" in mid-transaction" if self.mail else "", end)
+        except Silent as end:
+            reason = "the client was silent or too slow%s" % end
+            reply = Reply(421, "4.4.2", "Waited for too long%s" % end)
         except Stopping:
             reason, reply = "the server stops", Reply(421, "4.3.2", "Shutting down")
         except TLSHello:

@@ -3659,6 +3659,25 @@ class WhatIsLogged(LibraryCase):
                       log.output)
         self.assertIn(r'from=<"a\x3e to=<x"@b> to=<c@d>', "".join(log.output))
 
+    def test_tells_why_a_client_waits_that_ends_its_mail_in_bare_lf(self):
+        """As some do over TLS: MIME::Lite, and what writes past the layer that ends its lines."""
+        for leaves, data, told in (
+                (False, "x\n.\r\n", True), (True, "x\n.\n", True), (True, "\n.\r\n", True),
+                (True, "x" * 99999 + "\n.\r\n", True), (False, "x\n..\r\n", False),
+                (True, "x\r\n..\r\n", False), (True, "x\n.\r\ny", False), (True, "\n.\r", False)):
+            why = "; mail data has to end in CR LF . CR LF" if told else ""
+            with self.subTest(data[-9:], leaves=leaves), self.assertLogs("msmtpd", "INFO") as log:
+                with Client(self.serve(timeout=0.2)) as client:
+                    client.open("MAIL FROM:<a@b>", "RCPT TO:<c@d>", "DATA")
+                    client.send(data)
+                    if leaves:
+                        client.socket.shutdown(socket.SHUT_WR)
+                    self.assertEqual(client.rest(), "" if leaves else
+                                     "421 4.4.2 Waited for too long%s\r\n" % why)
+                wait_for(lambda: "closed: " in log.output[-1], "the end of the session")
+                self.assertEqual(log.output[-1].partition("closed: ")[2], "the client %s%s" % (
+                    "left in mid-transaction" if leaves else "was silent or too slow", why))
+
     def test_has_values_from_outside_escaped_and_cut(self):
         for value, shown in (("a\\nb", "a\\\\nb"), ("a\nb", "a\\nb"), ("x" * 201, "x" * 200),
                              ("\x01" * 200, "\\x01" * 50)):

@@ -1217,8 +1217,13 @@ class Session:
         size = len(recipient.encode())
         if len(mail.recipients) >= MAX_RECIPIENTS or size > self._room:
             raise Refused(Reply(452, "4.5.3", "Too many recipients; send the rest separately"))
-        self._check(recipient, mail, "1.3")
-        mail.recipients.append(recipient)
+        count = len(mail.recipients)
+        mail.recipients.append(recipient)       # by which `check` tells it from the sender
+        try:
+            self._check(recipient, mail, "1.3")
+        except Refused:
+            del mail.recipients[count:]
+            raise
         self._room -= size
         return Reply(250, "2.1.5", "Recipient accepted")
 
@@ -2074,8 +2079,8 @@ class Server:
     All else is answered AUTH_DELAY seconds late, and so is any AUTH for AUTH_MEMORY seconds after
     it; an exception is answered 454. If None, nobody has to authenticate, or can.
     tls: an ssl.SSLContext for STARTTLS, or with starttls=False for TLS from the first byte.
-    check(address, mail): called for the sender, when `mail` has no recipients yet, and for each
-    recipient before it is added; may raise either failure. A Command's own check comes first.
+    check(address, mail): called for the sender, when `mail` has no recipients, and for each
+    recipient, then the last one of `mail`; may raise either failure. A Command's own comes first.
     session: the class of the sessions. received: whether mails get a Received line. max_size:
     bytes of a mail, 0 for any number. max_sessions: served at a time. timeout: seconds that a
     client may be silent. log: a logging.Logger, that named "msmtpd" if None.

@@ -3293,6 +3293,22 @@ class ChecksOfAddresses(LibraryCase):
                          ["", "b@example.org", '"o b"@example.org', "root"])
         self.assertEqual({(entry[1], entry[3]) for entry in asked}, {("", "client.example")})
 
+    def test_can_tell_a_recipient_from_the_sender(self):
+        def check(address, mail):
+            asked.append((address, list(mail.recipients)))
+            if mail.recipients and not address.endswith("@example.org"):
+                raise msmtpd.PermanentFailure("not relayed")
+        asked = []
+        client = self.client(self.serve(check=check))
+        self.assertEqual(client.open("MAIL FROM:<a@elsewhere.example>",
+                                     "RCPT TO:<a@elsewhere.example>"), "553 5.1.3 not relayed")
+        self.assertEqual(client.do("RCPT TO:<b@example.org>", "DATA")[:3], "354")
+        client.do(".")
+        self.assertEqual(asked, [("a@elsewhere.example", []),
+                                 ("a@elsewhere.example", ["a@elsewhere.example"]),
+                                 ("b@example.org", ["b@example.org"])])
+        self.assertEqual(self.mails[0].recipients, ["b@example.org"])
+
     def test_may_not_be_async(self):
         async def check(address, mail):
             raise msmtpd.PermanentFailure("no")

@@ -1017,7 +1017,7 @@ class Session:
         self._info("connect from %s", self.peer)
         try:
             reply = self._converse()
-            reason = "QUIT" if reply.code == 221 else "by the server"
+            reason = "QUIT" if reply.code == 221 else "by the server: " + _shown(repr(reply))
         except Disconnect as end:
             reason, reply = end.reason or "by the server", end.reply
         except Gone as end:
@@ -1069,10 +1069,11 @@ class Session:
             if method is None:
                 raise Refused(Reply(500, "5.5.1", "Unknown command"))
             reply: Reply | None = getattr(self, method)(argument)
+            if reply and reply.code >= 400:     # by a subclass: here, these are raised
+                self._log_refusal(verb, argument, reply)
             return reply
         except Refused as refusal:
-            if verb in ("MAIL", "RCPT"):
-                self._info("refused %s %s: %s", verb, _shown(argument), _shown(repr(refusal.reply)))
+            self._log_refusal(verb, argument, refusal.reply)
             self._errors += refusal.is_error
             if self._errors >= MAX_ERRORS:
                 raise Disconnect(Reply(421, "4.7.0", "Too many errors"), "errors") from None
@@ -1459,6 +1460,10 @@ class Session:
         except BaseException:
             self._error("deliver raised", exc_info=True)
             return Reply(451, "4.3.0", "Internal error")
+
+    def _log_refusal(self, verb: str, argument: str, reply: Reply) -> None:
+        if verb in ("MAIL", "RCPT"):
+            self._info("refused %s %s: %s", verb, _shown(argument), _shown(repr(reply)))
 
     def _log_details(self, failure: _Failure) -> None:
         for line in failure.details:

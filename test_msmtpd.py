@@ -3573,6 +3573,22 @@ class ErrorsOnPurpose(LibraryCase):
                 self.assertEqual(client.rest(), rest)
         self.assertEqual(len(self.mails), 1)
 
+    def test_the_log_tells_of_them(self):
+        class Grumpy(msmtpd.Session):
+            def do_RCPT(self, argument):
+                return msmtpd.Reply(550, "5.1.1", "Nobody")
+
+            def do_RSET(self, argument):
+                return msmtpd.Reply(421, "4.3.2", "Lunch")
+        with self.assertLogs("msmtpd", "INFO") as log:
+            client = self.client(self.serve(session=Grumpy))
+            client.open("MAIL FROM:<a@example.org>", "RCPT TO:<b@example.org>", "RSET")
+            client.rest()
+            wait_for(lambda: "closed" in log.output[-1])
+        self.assertEqual([record.getMessage() for record in log.records[1:]],
+                         ["session 1: refused RCPT TO:<b@example.org>: 550 5.1.1 Nobody",
+                          "session 1: closed: by the server: 421 4.3.2 Lunch"])
+
     def test_one_that_is_slow_holds_up_no_other(self):
         slow = threading.Event()
 

@@ -2061,7 +2061,9 @@ def smtpd_handler(process_message: Callable[..., str | None], *,
         else:
             reply = process_message(mail.peer, sender, mail.recipients, data, rcpt_options=[],
                                     mail_options=["SMTPUTF8"] if mail.smtputf8 else [])
-        match = re.match(r"(([45])[0-9]{2})(?: +(\2(?:\.[0-9]{1,3}){2}))? *(.*)", reply or "")
+        # Of several lines, such as "550-No" and "550 Never", all but the first drop the code.
+        text = re.sub(r"\r?\n(?:[45][0-9]{2}[- ])?", " ", (reply or "").rstrip())
+        match = re.match(r"(([45])[0-9]{2})-? *(?:(\2(?:\.[0-9]{1,3}){2})\b)? *(.*)", text)
         if match:
             failure = TemporaryFailure if match.group(2) == "4" else PermanentFailure
             raise failure(match.group(4), int(match.group(1)), match.group(3))

@@ -3163,7 +3163,9 @@ class SmtpdHandlers(LibraryCase):
                 (None, "250 2.0.0 Delivered"), ("", "250 2.0.0 Delivered"),
                 ("250 Ok", "250 2.0.0 Delivered"), ("451 later", "451 4.3.0 later"),
                 ("550", "550 5.3.0 Delivery failed"), ("550 5.1.1 no", "550 5.1.1 no"),
-                ("452 4.2.2  full", "452 4.2.2 full")):
+                ("452 4.2.2  full", "452 4.2.2 full"), ("550 5 lines", "550 5.3.0 5 lines"),
+                ("550-No\r\n550 Never", "550 5.3.0 No Never"),
+                ("451-4.2.1 a\n451 b\r\n", "451 4.2.1 a b")):
             with self.subTest(text=text):
                 handler = msmtpd.smtpd_handler(lambda *arguments, **options: text)
                 self.assertEqual(self.reply_to(handler), (reply, "250 2.0.0 Here"))

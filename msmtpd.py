@@ -2074,6 +2074,16 @@ def smtpd_handler(process_message: Callable[..., str | None], *,
 # Serving
 # ---------------------------------------------------------------------------------------------
 
+def _require_server_context(context: object) -> None:
+    """Raise TypeError or ValueError for what no handshake of a server can be done with."""
+    import ssl
+    if not isinstance(context, ssl.SSLContext):
+        raise TypeError("tls has to be an ssl.SSLContext, not %r" % (context,))
+    if context.protocol == ssl.PROTOCOL_TLS_CLIENT:     # as create_default_context() may be
+        raise ValueError("tls is a context for clients; one for servers is "
+                         "ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)")
+
+
 class Server:
     """An SMTP server on one or more sockets, with a thread for each session.
 
@@ -2103,13 +2113,30 @@ class Server:
                  received: bool = False, max_size: int = MAX_SIZE,
                  max_sessions: int = MAX_SESSIONS, timeout: float = TIMEOUT,
                  sockets: Sequence[socket.socket] = (), log: Log | None = None) -> None:
-        self._hosts = [host] if isinstance(host, str) else list(dict.fromkeys(host))
+        self._hosts = [host] if isinstance(host, str) else list(dict.fromkeys(host or ()))
         if not callable(deliver):
             raise TypeError("deliver has to be a function of one mail, not %r" % (deliver,))
-        if not (self._hosts and 0 <= port <= 65535 and max_size >= 0 and max_sessions > 0
-                and timeout > 0):
-            raise ValueError("no host is given, or one of port, max_size, max_sessions and timeout "
-                             "is out of its range")
+        for name, value in ("authenticate", authenticate), ("check", check), ("session", session):
+            if not (callable(value) or value is None and name != "session"):
+                raise TypeError("%s has to be a %s, not %r" % (
+                    name, "subclass of Session" if name == "session" else "function", value))
+        if not self._hosts:
+            raise ValueError("no host is given")
+        if not all(isinstance(address, str) for address in self._hosts):
+            raise TypeError("host has to be an IP address or a sequence of them, not %r" % (host,))
+        for name, number in (("port", port), ("max_size", max_size),
+                             ("max_sessions", max_sessions), ("timeout", timeout)):
+            if not isinstance(number, (int, float)):
+                raise TypeError("%s has to be a number, not %r" % (name, number))
+            if (not number >= 0 or number == 0 and name in ("max_sessions", "timeout")
+                    or number > 65535 and name == "port"):
+                raise ValueError("%s cannot be %r" % (name, number))
+        if tls is not None:
+            _require_server_context(tls)
+        elif not starttls:
+            raise ValueError("starttls=False needs tls")
+        if not hasattr(log, "isEnabledFor") and log is not None:
+            raise TypeError("log has to be a logging.Logger, not %r" % (log,))
         self.host, self.port = self._hosts[0], port
         self.addresses: list[Peer] = []
         self._port, self._sockets = port, sockets
@@ -2133,6 +2160,7 @@ class Server:
 
     @tls.setter
     def tls(self, context: ssl.SSLContext) -> None:
+        _require_server_context(context)
         self._settings = self._settings._replace(tls=context)
 
     def __enter__(self) -> Server:

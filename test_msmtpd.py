@@ -2191,10 +2191,30 @@ class StartingAServer(LibraryCase):
     def test_arguments_that_make_no_sense_are_refused_before_it(self):
         with self.assertRaises(TypeError):
             msmtpd.Server(None)
-        for options in ({"host": ()}, {"port": -1}, {"port": 65536}, {"max_size": -1},
-                        {"max_sessions": 0}, {"timeout": 0}):
-            with self.subTest(options), self.assertRaises(ValueError):
+        for options in ({"host": ()}, {"host": None}, {"port": -1}, {"port": 65536},
+                        {"max_size": -1}, {"max_sessions": 0}, {"timeout": 0},
+                        {"timeout": float("nan")}, {"starttls": False}):
+            with self.subTest(options), self.assertRaisesRegex(ValueError, list(options)[0]):
                 msmtpd.Server(print, **options)
+        for options in ({"host": ("127.0.0.1", 25)}, {"port": "25"}, {"timeout": None},
+                        {"check": "x"}, {"authenticate": {"user": "password"}}, {"session": None},
+                        {"session": 3}, {"log": "name"}):
+            with self.subTest(options), self.assertRaisesRegex(TypeError, list(options)[0]):
+                msmtpd.Server(print, **options)
+
+    @unittest.skipUnless(ssl, "no module ssl")
+    def test_nor_is_a_context_taken_that_no_server_can_use(self):
+        context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+        server = msmtpd.Server(print, tls=context)
+        for wrong, error in ((True, TypeError),
+                             (ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT), ValueError)):
+            with self.subTest(wrong), self.assertRaisesRegex(error, "^tls "):
+                msmtpd.Server(print, tls=wrong)
+            with self.subTest(wrong), self.assertRaisesRegex(error, "^tls "):
+                server.tls = wrong
+        with self.assertRaises(TypeError):
+            server.tls = None       # AUTH would be offered in plain text
+        self.assertIs(server.tls, context)
 
     def test_host_and_port_are_known_when_start_returns(self):
         second = "127.0.0.2" if sys.platform == "linux" else "127.0.0.1"

@@ -45,11 +45,11 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
     from typing import Any, BinaryIO, ContextManager, Union
 
-    Deliver = Callable[["Mail"], object]
-    Check = Callable[[str, "Mail"], object]
+    Deliver = Callable[["Mail"], None]      # not object, so that a checker finds an async one
+    Check = Callable[[str, "Mail"], None]
     Authenticate = Callable[[str, str], bool]
     Start = Callable[[str, list[bytes], tuple[int, int, int]], int]
-    Log = Union[logging.Logger, "ErrorsOnly"]
+    Log = Union[logging.Logger, logging.LoggerAdapter[Any], "ErrorsOnly"]
 
 __version__ = "1.0"
 __all__ = ["Server", "Session", "Mail", "Peer", "Reply", "Command", "TemporaryFailure",
@@ -294,7 +294,10 @@ class Mail:
     @property
     def data(self) -> bytes:
         """The mail data, with transparency (RFC 5321 4.5.2) undone: each line, also the last, ends
-        in LF, a bare CR has become a space, and all else is as it came."""
+        in LF, a bare CR has become a space, and all else is as it came.
+
+        To send it on by smtplib, give that ``data.replace(b"\\n", b"\\r\\n")``.
+        """
         return self.file.read()
 
     @property
@@ -956,10 +959,10 @@ class Session:
     """One client's dialogue, made by a Server. To change what a verb does, override its method.
 
     A method takes the verb's argument, a str without control characters or outer spaces. It
-    returns a Reply, or None for no (further) reply, or raises Refused or Disconnect; a reply 221
-    or 421 ends the session, and so does any other exception. A further verb needs a method and
-    an entry in VERBS. Here one method refuses a recipient, one is slow, and one drops the
-    connection:
+    returns a Reply, or None for no reply but those that it has sent by `send`, or raises Refused
+    or Disconnect. A reply 221 or 421 ends the session, and so does any other exception, also one
+    of those for `deliver`. A further verb needs a method and an entry in VERBS, in upper case.
+    Here one method refuses a recipient, one is slow, and one drops the connection:
 
     >>> import msmtpd, smtplib, time
     >>> class Grumpy(msmtpd.Session):
@@ -985,7 +988,7 @@ class Session:
 
     number: of this session in its server, from 1. peer: the client's Peer. helo: the name it
     gave, "" before that. user: as whom it authenticated, or None. mail: the Mail of the
-    transaction, from MAIL to the end of the mail data, or None.
+    transaction, from MAIL to the end of the mail data, or None; `deliver` gets this very object.
     """
 
     def __init__(self, wire: Wire, settings: Settings, authenticator: Authenticator | None,
@@ -1053,7 +1056,7 @@ class Session:
             if reply is not None:
                 if reply.code in (221, 421):        # RFC 5321 3.8
                     return reply
-                self._write(reply)
+                self.send(reply)
             reply = self._answer()
 
     def greet(self) -> Reply:
@@ -1119,7 +1122,8 @@ class Session:
             raise HTTPRequest
         self._first_line = False
 
-    def _write(self, reply: Reply) -> None:
+    def send(self, reply: Reply) -> None:
+        """Send a reply, at the latest before the next wait for the client."""
         if self._debugging:
             self._show(reply)
         self._wire.write(bytes(reply))
@@ -1168,7 +1172,7 @@ class Session:
         self._require(not self._tls, "Already in TLS")
         if argument:
             raise Refused(Reply(501, "5.5.4", "STARTTLS takes no argument"))
-        self._write(Reply(220, "2.0.0", "Go ahead"))
+        self.send(Reply(220, "2.0.0", "Go ahead"))
         self._start_tls()
         return None
 
@@ -1218,12 +1222,11 @@ class Session:
         size = len(recipient.encode())
         if len(mail.recipients) >= MAX_RECIPIENTS or size > self._room:
             raise Refused(Reply(452, "4.5.3", "Too many recipients; send the rest separately"))
-        count = len(mail.recipients)
         mail.recipients.append(recipient)       # by which `check` tells it from the sender
         try:
             self._check(recipient, mail, "1.3")
         except Refused:
-            del mail.recipients[count:]
+            mail.recipients.pop()
             raise
         self._room -= size
         return Reply(250, "2.1.5", "Recipient accepted")
@@ -1234,7 +1237,7 @@ class Session:
         self._require(mail.recipients, "Recipients first")
         if argument:
             raise Refused(Reply(501, "5.5.4", "DATA takes no argument"))
-        self._write(Reply(354, "", "Send the mail, then a line with only a dot"))
+        self.send(Reply(354, "", "Send the mail, then a line with only a dot"))
         self._wire.flush()      # so that the client sends while the rest is made ready
         problem = self._receive(mail) or self._refuse_loop(mail)
         self.mail = None
@@ -1362,7 +1365,7 @@ class Session:
         Raises Refused if the client cancels, or its response is not base64.
         """
         import base64
-        self._write(Reply(334, "", base64.b64encode(challenge).decode()))
+        self.send(Reply(334, "", base64.b64encode(challenge).decode()))
         line = self._read_line()
         self._refuse_http(line)
         response = line.decode("latin-1")
@@ -2075,13 +2078,11 @@ def smtpd_handler(process_message: Callable[..., str | None], *,
 # ---------------------------------------------------------------------------------------------
 
 def _require_server_context(context: object) -> None:
-    """Raise TypeError or ValueError for what no handshake of a server can be done with."""
+    """Raise ValueError for what no server can do a handshake with: clients would be told of TLS."""
     import ssl
-    if not isinstance(context, ssl.SSLContext):
-        raise TypeError("tls has to be an ssl.SSLContext, not %r" % (context,))
-    if context.protocol == ssl.PROTOCOL_TLS_CLIENT:     # as create_default_context() may be
-        raise ValueError("tls is a context for clients; one for servers is "
-                         "ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)")
+    if not isinstance(context, ssl.SSLContext) or context.protocol == ssl.PROTOCOL_TLS_CLIENT:
+        raise ValueError("tls has to be a context for servers, such as "
+                         "ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER), not %r" % (context,))
 
 
 class Server:
@@ -2089,12 +2090,14 @@ class Server:
 
     deliver(mail): called with each Mail, from the thread of its session, so from up to
     `max_sessions` at a time. The client hears 250 when it returns, and what a TemporaryFailure or
-    PermanentFailure says when it raises one; any other exception is logged and answered 451.
+    PermanentFailure says when it raises one; any other exception is logged and answered 451. It may
+    take any time, of which a client has about ten minutes: RFC 5321 4.5.3.2.6.
     host: an IP address, or a sequence of them. port: 0 for a free one. sockets: listening sockets
     to use instead of these; stop() closes them.
     authenticate(user, password): both str and not empty; a client may send once this returned True.
     All else is answered AUTH_DELAY seconds late, and so is any AUTH for AUTH_MEMORY seconds after
-    it; an exception is answered 454. If None, nobody has to authenticate, or can.
+    it, for which tests may set msmtpd.AUTH_DELAY to 0; an exception is answered 454. If None,
+    nobody has to authenticate, or can.
     tls: an ssl.SSLContext for STARTTLS, or with starttls=False for TLS from the first byte.
     check(address, mail): called for the sender, when `mail` has no recipients, and for each
     recipient, then the last one of `mail`; may raise either failure. A Command's own comes first.
@@ -2113,30 +2116,26 @@ class Server:
                  received: bool = False, max_size: int = MAX_SIZE,
                  max_sessions: int = MAX_SESSIONS, timeout: float = TIMEOUT,
                  sockets: Sequence[socket.socket] = (), log: Log | None = None) -> None:
-        self._hosts = [host] if isinstance(host, str) else list(dict.fromkeys(host or ()))
+        self._hosts = [host] if isinstance(host, str) else list(dict.fromkeys(host))
         if not callable(deliver):
             raise TypeError("deliver has to be a function of one mail, not %r" % (deliver,))
-        for name, value in ("authenticate", authenticate), ("check", check), ("session", session):
-            if not (callable(value) or value is None and name != "session"):
-                raise TypeError("%s has to be a %s, not %r" % (
-                    name, "subclass of Session" if name == "session" else "function", value))
-        if not self._hosts:
-            raise ValueError("no host is given")
-        if not all(isinstance(address, str) for address in self._hosts):
-            raise TypeError("host has to be an IP address or a sequence of them, not %r" % (host,))
-        for name, number in (("port", port), ("max_size", max_size),
-                             ("max_sessions", max_sessions), ("timeout", timeout)):
-            if not isinstance(number, (int, float)):
-                raise TypeError("%s has to be a number, not %r" % (name, number))
-            if (not number >= 0 or number == 0 and name in ("max_sessions", "timeout")
-                    or number > 65535 and name == "port"):
-                raise ValueError("%s cannot be %r" % (name, number))
+        for makes_sense, wanted in (
+                (self._hosts and all(isinstance(address, str) for address in self._hosts),
+                 "host has to be an IP address, or a sequence of them"),
+                (port in range(65536), "port has to be a number from 0 to 65535"),
+                (authenticate is None or callable(authenticate),
+                 "authenticate has to be a function of user and password"),
+                (starttls or tls, "starttls=False needs tls"),
+                (check is None or callable(check),
+                 "check has to be a function of address and mail"),
+                (max_size >= 0, "max_size has to be 0 or more"),
+                (max_sessions > 0, "max_sessions has to be 1 or more"),
+                (timeout > 0, "timeout has to be more than 0"),
+                (log is None or hasattr(log, "isEnabledFor"), "log has to be a logging.Logger")):
+            if not makes_sense:
+                raise ValueError(wanted)
         if tls is not None:
             _require_server_context(tls)
-        elif not starttls:
-            raise ValueError("starttls=False needs tls")
-        if not hasattr(log, "isEnabledFor") and log is not None:
-            raise TypeError("log has to be a logging.Logger, not %r" % (log,))
         self.host, self.port = self._hosts[0], port
         self.addresses: list[Peer] = []
         self._port, self._sockets = port, sockets

@@ -2191,28 +2191,23 @@ class StartingAServer(LibraryCase):
     def test_arguments_that_make_no_sense_are_refused_before_it(self):
         with self.assertRaises(TypeError):
             msmtpd.Server(None)
-        for options in ({"host": ()}, {"host": None}, {"port": -1}, {"port": 65536},
-                        {"max_size": -1}, {"max_sessions": 0}, {"timeout": 0},
-                        {"timeout": float("nan")}, {"starttls": False}):
+        for options in ({"host": ()}, {"host": ("127.0.0.1", 25)}, {"port": -1}, {"port": 65536},
+                        {"port": "25"}, {"authenticate": {"user": "password"}},
+                        {"starttls": False}, {"check": "x"}, {"max_size": -1}, {"max_sessions": 0},
+                        {"timeout": 0}, {"timeout": float("nan")}, {"log": "name"}):
             with self.subTest(options), self.assertRaisesRegex(ValueError, list(options)[0]):
-                msmtpd.Server(print, **options)
-        for options in ({"host": ("127.0.0.1", 25)}, {"port": "25"}, {"timeout": None},
-                        {"check": "x"}, {"authenticate": {"user": "password"}}, {"session": None},
-                        {"session": 3}, {"log": "name"}):
-            with self.subTest(options), self.assertRaisesRegex(TypeError, list(options)[0]):
                 msmtpd.Server(print, **options)
 
     @unittest.skipUnless(ssl, "no module ssl")
     def test_nor_is_a_context_taken_that_no_server_can_use(self):
         context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
         server = msmtpd.Server(print, tls=context)
-        for wrong, error in ((True, TypeError),
-                             (ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT), ValueError)):
-            with self.subTest(wrong), self.assertRaisesRegex(error, "^tls "):
+        for wrong in True, ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT):
+            with self.subTest(wrong), self.assertRaisesRegex(ValueError, "^tls "):
                 msmtpd.Server(print, tls=wrong)
-            with self.subTest(wrong), self.assertRaisesRegex(error, "^tls "):
+            with self.subTest(wrong), self.assertRaisesRegex(ValueError, "^tls "):
                 server.tls = wrong
-        with self.assertRaises(TypeError):
+        with self.assertRaises(ValueError):
             server.tls = None       # AUTH would be offered in plain text
         self.assertIs(server.tls, context)
 
@@ -3594,6 +3589,20 @@ class ErrorsOnPurpose(LibraryCase):
                 client.socket.shutdown(socket.SHUT_WR)
                 self.assertEqual(client.rest(), rest)
         self.assertEqual(len(self.mails), 1)
+
+    def test_several_replies_to_one_verb(self):
+        """As LMTP has them: RFC 2033 4.2."""
+        class Many(msmtpd.Session):
+            def do_DATA(self, argument):
+                recipients = self.mail.recipients
+                reply = super().do_DATA(argument)
+                for recipient in recipients:
+                    self.send(msmtpd.Reply(reply.code, reply.enhanced, "For " + recipient))
+        client = self.client(self.serve(session=Many))
+        client.open("MAIL FROM:<a@b>", "RCPT TO:<c@d>", "RCPT TO:<e@f>", "DATA")
+        client.send("x\r\n.\r\n")
+        self.assertEqual([client.line(), client.line(), client.do("NOOP")[:3]],
+                         ["250 2.0.0 For c@d", "250 2.0.0 For e@f", "250"])
 
     def test_the_log_tells_of_them(self):
         class Grumpy(msmtpd.Session):

@@ -411,7 +411,7 @@ _LETTERS = r"[^\x00-/:-@\[-^`{-\x7f]+"
 _LITERAL = (r"\[(?:[0-9]{1,3}(?:\.[0-9]{1,3}){3}|IPv6:[0-9A-Fa-f:.]+"
             r"|(?!IPv6:)[0-9A-Za-z-]*[0-9A-Za-z]:[!-Z^-~]+)\]")
 _DOMAIN = r"(?:{0}(?:(?:-+|\.){0})*|{1})".format(_LETTERS, _LITERAL)
-# They shape letters of Persian and of India's scripts, and are part of domains: RFC 5892 A.1, A.2.
+# What shapes letters of Persian and Indic scripts; domains may hold it: RFC 5892 A.1, A.2.
 _JOINERS = r"(?<=[^\x00-\x7f])[\u200c\u200d]"
 # A source route is dropped, so its domains are not checked.
 _PATH = re.compile(
@@ -539,7 +539,7 @@ def received_line(name: str, peer: Peer, protocol: str, when: float) -> bytes:
 
 
 def count_hops(mail: BinaryIO) -> int:
-    """How many of those lines a mail has, from here or from another msmtpd.py on its way."""
+    """How many of received_line's fields a mail has, from here or another msmtpd.py on its way."""
     header = mail.read(CHUNK).partition(b"\n\n")[0]
     return header.count(b"by localhost (msmtpd) with ")
 
@@ -1072,7 +1072,7 @@ class Session:
             if method is None:
                 raise Refused(Reply(500, "5.5.1", "Unknown command"))
             reply: Reply | None = getattr(self, method)(argument)
-            if reply and reply.code >= 400:     # by a subclass: here, these are raised
+            if reply and reply.code >= 400:     # of a subclass; this class raises its refusals
                 self._log_refusal(verb, argument, reply)
             return reply
         except Refused as refusal:
@@ -1446,11 +1446,9 @@ class Session:
         assert self.mail is not None
         extensions = ("S" if self._tls else "") + ("A" if self.user is not None else "")
         # No name has these behind SMTP: who used them spoke ESMTP, whatever the last greeting was.
-        protocol = "ESMTP" if extensions else self._protocol
-        if self.mail.smtputf8:
-            protocol = "UTF8SMTP"
-        protocol += extensions
-        return received_line(shown_name(self.helo), self.peer, protocol, time.time())
+        protocol = ("UTF8SMTP" if self.mail.smtputf8 else "ESMTP" if extensions
+                    else self._protocol)
+        return received_line(shown_name(self.helo), self.peer, protocol + extensions, time.time())
 
     def _deliver(self, mail: Mail) -> Reply:
         """Call `deliver`; return the reply for what it returned or raised."""
@@ -1465,6 +1463,7 @@ class Session:
             return Reply(451, "4.3.0", "Internal error")
 
     def _log_refusal(self, verb: str, argument: str, reply: Reply) -> None:
+        """Log that a sender or a recipient was refused."""
         if verb in ("MAIL", "RCPT"):
             self._info("refused %s %s: %s", verb, _shown(argument), _shown(repr(reply)))
 
@@ -2091,13 +2090,13 @@ class Server:
     deliver(mail): called with each Mail, from the thread of its session, so from up to
     `max_sessions` at a time. The client hears 250 when it returns, and what a TemporaryFailure or
     PermanentFailure says when it raises one; any other exception is logged and answered 451. It may
-    take any time, of which a client has about ten minutes: RFC 5321 4.5.3.2.6.
+    take its time, but most clients give up after ten minutes: RFC 5321 4.5.3.2.6.
     host: an IP address, or a sequence of them. port: 0 for a free one. sockets: listening sockets
     to use instead of these; stop() closes them.
     authenticate(user, password): both str and not empty; a client may send once this returned True.
     All else is answered AUTH_DELAY seconds late, and so is any AUTH for AUTH_MEMORY seconds after
-    it, for which tests may set msmtpd.AUTH_DELAY to 0; an exception is answered 454. If None,
-    nobody has to authenticate, or can.
+    it (tests may set msmtpd.AUTH_DELAY to 0); an exception is answered 454. If None, nobody has to
+    authenticate, or can.
     tls: an ssl.SSLContext for STARTTLS, or with starttls=False for TLS from the first byte.
     check(address, mail): called for the sender, when `mail` has no recipients, and for each
     recipient, then the last one of `mail`; may raise either failure. A Command's own comes first.
@@ -2147,7 +2146,7 @@ class Server:
         self._session, self._max_sessions = session, max_sessions
         self._log = _library_log() if log is None else log
         self._numbers = itertools.count(1)
-        self._slots: Slots | None = None         # while it is started
+        self._slots: Slots | None = None            # while it is started
         self._workers: _Workers | None = None
         self._forever = False                       # somebody is in serve_forever
 

@@ -1776,7 +1776,7 @@ class _Run:
         self.errors = b""
         self.ended = False
         self._pause = SHORT_PAUSE           # between looks at a process without a pidfd
-        self._stderr: int | None = None  # these two are descriptors
+        self._stderr: int | None = None     # these two are descriptors
         self._pidfd: int | None = None
         stdin = _open_input(mail)
         try:

@@ -2138,7 +2138,7 @@ class Server:
         self.host, self.port = self._hosts[0], port
         self.addresses: list[Peer] = []
         self._port, self._sockets = port, sockets
-        checks: tuple[Check, ...] = (check,) if check else ()
+        checks: tuple[Check, ...] = () if check is None else (check,)
         if isinstance(deliver, Command):        # so that MAIL and RCPT already refuse
             checks = (deliver.check, *checks)
         self._settings = Settings(deliver, checks, tls, starttls, received, max_size, timeout)
@@ -2192,7 +2192,9 @@ class Server:
             addresses = [peer_of(listener.getsockname()) for listener in sockets]
             slots = Slots(*socket.socketpair())
             opened.callback(slots.close)
-            authenticator = self._authenticate and Authenticator(self._authenticate)
+            authenticator = None
+            if self._authenticate is not None:      # an object may be false, such as an empty table
+                authenticator = Authenticator(self._authenticate)
             listeners = _Listeners(slots.descriptor, sockets, self._log)
             opened.callback(listeners.close)
             workers = _Workers(
@@ -2269,8 +2271,10 @@ class Server:
         slots = self._slots = Slots(io.FileIO(reader), io.FileIO(writer, "w"))
         try:
             wire = Wire.of_descriptors(source, sink, slots, self._settings.timeout)
-            # Always late, since no memory of failures outlives this process.
-            authenticator = self._authenticate and Authenticator(self._authenticate, True)
+            authenticator = None
+            if self._authenticate is not None:
+                # Always late, since no memory of failures outlives this process.
+                authenticator = Authenticator(self._authenticate, True)
             return self._session(wire, self._settings, authenticator, self._log, 1,
                                  _peer_behind(source)).run()
         finally:

@@ -1887,6 +1887,24 @@ class Authentication(ServerCase):
                 with Client(self.serve(authenticate=answer)) as client:
                     self.assertEqual(client.open("AUTH PLAIN " + self.RIGHT)[:3], "535")
 
+    def test_may_be_asked_of_an_object_that_is_false(self):
+        class Users(dict):
+            def __call__(self, user, password):
+                return self.get(user) == password
+        users = Users()
+        server = self.serve(authenticate=users)
+        with Client(server) as client:
+            self.assertEqual(client.open("MAIL FROM:<a@b>")[:3], "530")
+            users["user"] = "secret"
+            self.assertEqual(client.do("AUTH PLAIN " + self.RIGHT)[:3], "235")
+        ours, theirs = socket.socketpair()
+        with ours, theirs:
+            ours.sendall(b"EHLO x\r\nMAIL FROM:<a@b>\r\n")
+            ours.shutdown(socket.SHUT_WR)
+            msmtpd.Server(print, authenticate=Users()).serve_descriptors(
+                theirs.fileno(), theirs.fileno())
+            self.assertIn(b"\r\n530 ", ours.recv(10000))
+
     def test_what_is_empty_is_never_right(self):
         """RFC 4616 section 2. A directory that binds without a name would say yes."""
         yes = mock.Mock(return_value=True, spec=())
@@ -3325,6 +3343,17 @@ class ChecksOfAddresses(LibraryCase):
                                  ("a@elsewhere.example", ["a@elsewhere.example"]),
                                  ("b@example.org", ["b@example.org"])])
         self.assertEqual(self.mails[0].recipients, ["b@example.org"])
+
+    def test_may_be_objects_that_are_false(self):
+        class Listed(set):
+            def __call__(self, address, mail):
+                if address in self:
+                    raise msmtpd.PermanentFailure("listed")
+        for deliver in None, msmtpd.Command("true"):
+            listed = Listed()
+            client = self.client(self.serve(deliver, check=listed))
+            listed.add("c@d")
+            self.assertEqual(client.open("MAIL FROM:<a@b>", "RCPT TO:<c@d>"), "553 5.1.3 listed")
 
     def test_may_not_be_async(self):
         async def check(address, mail):

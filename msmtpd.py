@@ -1874,7 +1874,8 @@ class _Run:
             if pid > 0:
                 self.status = status and (-os.WTERMSIG(status) if os.WIFSIGNALED(status)
                                           else os.WEXITSTATUS(status))
-            self.ended = pid != 0
+            if pid != 0:        # never taken back: another thread may have reaped it meanwhile
+                self.ended = True
         return self.ended
 
     def _read_errors(self) -> None:

@@ -1468,6 +1468,20 @@ class Delivery(ProgramCase):
         wait_for(is_reaped, "it to be reaped")
         self.assertRaises(ChildProcessError, os.waitpid, pid, os.WNOHANG)
 
+    def test_one_that_two_threads_reap_has_ended_for_both(self):
+        command = msmtpd.Command("true")
+        run = msmtpd._Run(command._start, command._program, [b"true"], msmtpd.Mail("a@b"), 1)
+        self.addCleanup(run._close)
+        real = os.waitpid
+
+        def waitpid(pid, options):      # the first thread has looked, and not gone on yet
+            with mock.patch.object(os, "waitpid", real):
+                wait_for(run.reap, "the other to reap it")
+            return 0, 0
+        with mock.patch.object(os, "waitpid", waitpid):
+            self.assertTrue(run.reap())
+        self.assertEqual((run.ended, run.status), (True, 0))
+
     def test_children_left_behind_hold_nothing_up(self):
         script = self.script("fork", "#!/bin/sh\nsleep 60 <&0 &\necho $! > %s/pid\n" % self.folder)
         started = time.monotonic()

@@ -1427,9 +1427,12 @@ class Session:
 
     def _refuse_loop(self, mail: Mail) -> Reply | None:
         """Return the reply if what mails are piped to sends them back here: RFC 5321 6.3."""
-        if self._settings.received and count_hops(mail.file) > MAX_HOPS:
-            return Reply(554, "5.4.6", "Mail loop: it has been here %d times before" % MAX_HOPS)
-        return None
+        try:
+            if self._settings.received and count_hops(mail.file) > MAX_HOPS:
+                return Reply(554, "5.4.6", "Mail loop: it has been here %d times before" % MAX_HOPS)
+            return None
+        except (OSError, MemoryError) as error:
+            return self._no_room(mail, error)
 
     def _spool(self, mail: Mail, data: bytes) -> Reply | None:
         """Keep `data`; return the reply where that fails."""
@@ -1437,9 +1440,12 @@ class Session:
             mail.spool.write(data)
             return None
         except (OSError, MemoryError) as error:
-            self._error("cannot spool: %s", _why(error))
-            mail.spool.close()
-            return Reply(452, "4.3.1", "No room for the mail now")
+            return self._no_room(mail, error)
+
+    def _no_room(self, mail: Mail, error: BaseException) -> Reply:
+        self._error("cannot spool: %s", _why(error))
+        mail.spool.close()
+        return Reply(452, "4.3.1", "No room for the mail now")
 
     def _trace(self) -> bytes:
         """The Received line, its protocol as RFC 3848 and RFC 6531 4.3 name it."""

@@ -1151,6 +1151,19 @@ class MailData(ServerCase):
             self.assertEqual(self.send(client, b"y\r\n.\r\n")[0][:9], "250 2.0.0")
         self.assertEqual([mail.data for mail in self.mails], [b"y\n"])
 
+    def test_a_spool_that_cannot_be_read_defers_the_mail(self):
+        """It is read before the delivery, for loops."""
+        with Client(self.serve(received=True)) as client:
+            client.open()
+            for error in OSError(errno.EIO, "broken"), MemoryError():
+                with self.subTest(error), self.assertLogs("msmtpd", "ERROR") as logs, \
+                        mock.patch.object(msmtpd, "count_hops", side_effect=error):
+                    self.assertEqual(self.send(client, b"x\r\n.\r\n")[0][:9], "452 4.3.1")
+                self.assertEqual(len(logs.output), 1)
+                self.assertIn("cannot spool: ", logs.output[0])
+            self.assertEqual(self.send(client, b"y\r\n.\r\n")[0][:9], "250 2.0.0")
+        self.assertEqual([without_trace(mail.data) for mail in self.mails], [b"y\n"])
+
     def test_what_is_not_to_be_delivered_gives_its_room_back_at_once(self):
         spools, real = [], msmtpd.Spool.__init__
 

@@ -1494,6 +1494,8 @@ class Delivery(ProgramCase):
         with mock.patch.object(os, "waitpid", waitpid):
             self.assertTrue(run.reap())
         self.assertEqual((run.ended, run.status), (True, 0))
+        with mock.patch.object(os, "waitpid", side_effect=AssertionError):
+            self.assertTrue(run.reap())     # and its number may be another's by now
 
     def test_children_left_behind_hold_nothing_up(self):
         script = self.script("fork", "#!/bin/sh\nsleep 60 <&0 &\necho $! > %s/pid\n" % self.folder)
@@ -2550,6 +2552,21 @@ class StoppingAServer(LibraryCase):
         with mock.patch.object(msmtpd, "_report") as report:
             workers._work(0)
         report.assert_not_called()
+
+    def test_a_thread_can_be_seen_before_it_looks_whether_to_accept(self):
+        """Or else the end of those that accept would not be waited for."""
+        server, seen = self.serve(), []
+        workers = server._workers
+        server.stop()
+
+        class Stopped:
+            @property
+            def drain_until(self):
+                seen.append(set(workers._waiting))
+                return 0.0
+        workers._slots = Stopped()
+        workers._work(0)
+        self.assertEqual((seen, workers._waiting), ([{0}], set()))
 
     def test_no_listener_is_closed_in_the_middle_of_an_accept(self):
         server = self.serve()

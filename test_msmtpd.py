@@ -1105,6 +1105,15 @@ class MailData(ServerCase):
                              "554 5.4.6 Mail loop")
         self.assertEqual([n - 20 for n in came], list(range(1, 11)))
 
+    def test_no_other_mail_is_taken_for_one_that_comes_back(self):
+        others, ours = ("Received: by %s with ESMTP;\r\n\tsome day\r\n" % name * 30
+                        for name in ("b.example", "localhost (msmtpd)"))
+        for header, received in ((others, True), (ours, False)):
+            with self.subTest(received=received), \
+                    Client(self.serve(received=received)) as client:
+                self.assertEqual(client.open("MAIL FROM:<a@b>", "RCPT TO:<c@d>", "DATA",
+                                             header + "\r\nx\r\n.")[:3], "250")
+
     def test_large_mail_goes_through_a_file_of_ones_own(self):
         folder = tempfile.mkdtemp()
         self.addCleanup(shutil.rmtree, folder)
@@ -1803,7 +1812,8 @@ class Authentication(ServerCase):
         with Client(self.serve()) as client:
             client.open()
             for response in (self.RIGHT[:5] + "!" + self.RIGHT[5:], self.RIGHT[:5] + " "
-                             + self.RIGHT[5:], self.RIGHT[:-1], "YW-_", encoded("user\0secret"),
+                             + self.RIGHT[5:], self.RIGHT[:-1], "YW-_", self.RIGHT + "\u00fc",
+                             encoded("user\0secret"),
                              encoded("\0user\0secret\0x"),
                              base64.b64encode(b"\0user\0\xff").decode()):
                 for lines in ["AUTH PLAIN " + response], ["AUTH PLAIN", response]:
@@ -2688,16 +2698,20 @@ class StoppingAServer(LibraryCase):
             self.release.wait(PATIENCE)
             server.stop()
             server.start()
+            started.set()
 
+        started = threading.Event()
         for way in ("serve_forever", "stop"):
             with self.subTest(way=way):
                 self.release.clear()
+                started.clear()
                 server = self.serve(deliver, max_sessions=1)
                 self.sender(server)
                 self.assertTrue(self.entered.acquire(timeout=PATIENCE))
                 waiting = threading.Thread(
                     target=getattr(server, way), daemon=True,
-                    args=(PATIENCE, PATIENCE) if way == "stop" else ())
+                    args=(PATIENCE, PATIENCE) if way == "stop"
+                    else (lambda: started.wait(PATIENCE),))
                 waiting.start()
                 wait_for(lambda server=server: server._forever
                          or server._slots.drain_until is not None, "it to wait")
@@ -2761,7 +2775,11 @@ class StoppingAServer(LibraryCase):
             def start(self):
                 super().start()
                 self.stop()
-        StoppedAtOnce(print).serve_forever()
+                starts.append(1)
+        starts, server = [], StoppedAtOnce(print)
+        server.serve_forever()
+        server.serve_forever()      # which starts it again
+        self.assertEqual(len(starts), 2)
 
     def test_a_signal_handler_may_begin_it(self):
         server = self.serve()
@@ -3411,15 +3429,19 @@ class ChecksOfAddresses(LibraryCase):
             self.assertIn("not async ones", log.output[0])
 
     def test_are_asked_besides_that_of_a_command(self):
+        """The command's comes first."""
         def check(address, mail):
+            asked.append(address)
             if address.startswith("bad@"):
                 raise msmtpd.PermanentFailure("bad")
+        asked = []
         server = self.serve(msmtpd.Command("cat; true"), check=check)
         client = self.client(server)
         self.assertEqual(client.open("MAIL FROM:<a@b>", "RCPT TO:<bad@example.org>"),
                          "553 5.1.3 bad")
         self.assertEqual(client.do("RCPT TO:<o'b@example.org>")[:9], "553 5.1.3")
         self.assertEqual(client.do("RCPT TO:<good@example.org>")[:9], "250 2.1.5")
+        self.assertEqual(asked, ["a@b", "bad@example.org", "good@example.org"])
 
     def test_a_refusal_is_one_line_of_the_log(self):
         def check(address, mail):
@@ -5541,6 +5563,17 @@ class Passwords(PeerCase):
         self.assertEqual(get.call_args[0], ("smtp://localhost", "joe"))
         self.assertEqual([why for _, why in asked[1:]],
                          ["keyring: no such entry", "keyring: No back end"])
+
+    def test_each_place_is_looked_at_only_in_its_turn(self):
+        keyring = types.SimpleNamespace(get_password=mock.Mock(return_value="from keyring"))
+        with mock.patch.dict(sys.modules, keyring=keyring), \
+                mock.patch.object(msmtpd, "_run_lookup") as run, \
+                mock.patch.object(msmtpd, "_ask_terminal") as terminal:
+            for found, password in ("from secret-tool", "from secret-tool"), ("", "from keyring"):
+                run.return_value = found, "no"
+                self.assertEqual(msmtpd._find_password("joe", "", False), password)
+                self.assertEqual(keyring.get_password.call_count, 0 if found else 1)
+            terminal.assert_not_called()
 
     def test_keychain(self):
         self.script("security", "#!/bin/sh\necho \"$@\"\n")

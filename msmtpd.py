@@ -64,7 +64,7 @@ MAX_MEMORY = 1024 * 1024           # bytes of mail data kept in memory; if large
 MAX_SESSIONS = 16                  # served at a time, further clients wait in the listen queue
 MAX_RECIPIENTS = 1000              # of one mail; at least 100: RFC 5321 4.5.3.1.8
 MAX_RECIPIENT_BYTES = 256 * 1024   # of all together: they become arguments, which ARG_MAX bounds
-MAX_HOPS = 10                      # times that a mail may have been here before: RFC 5321 6.3
+MAX_HOPS = 5                       # times that a mail may come here: RFC 5321 6.3
 MAX_LINE = 2048                    # bytes, end included; at least 512 plus extensions: 4.5.3.1.4
 MAX_AUTH_LINE = 12288              # bytes of a line in an AUTH exchange: RFC 4954 section 4
 MAX_ENDLESS_LINE = 65536           # bytes after which the end of a line is no longer waited for
@@ -242,6 +242,9 @@ class Spool:
             raise
         old.close()
         self.has_descriptor = True
+        # Not by __del__: the garbage collector may come to the file first, and then warns of it.
+        import weakref
+        weakref.finalize(self, _drop, file)
 
     def file(self) -> BinaryIO:
         """The data as a file, open for reading from its start."""
@@ -251,13 +254,15 @@ class Spool:
 
     def close(self) -> None:
         """Drop the data."""
-        try:
-            self._file.close()
-        except OSError:     # what could not be written before cannot be now
-            pass
+        _drop(self._file)
 
-    def __del__(self) -> None:
-        self.close()
+
+def _drop(file: BinaryIO) -> None:
+    """Close a file whose content does not matter any more."""
+    try:
+        file.close()
+    except OSError:     # what could not be written before cannot be now
+        pass
 
 
 class Mail:
@@ -1426,10 +1431,13 @@ class Session:
         return problem
 
     def _refuse_loop(self, mail: Mail) -> Reply | None:
-        """Return the reply if what mails are piped to sends them back here: RFC 5321 6.3."""
+        """Return the reply if what mails are piped to sends them back here: RFC 5321 6.3.
+
+        Each time takes a session, which waits for the next: the limit leaves room for others.
+        """
         try:
             if self._settings.received and count_hops(mail.file) > MAX_HOPS:
-                return Reply(554, "5.4.6", "Mail loop: it has been here %d times before" % MAX_HOPS)
+                return Reply(554, "5.4.6", "Mail loop: it has been here %d times" % MAX_HOPS)
             return None
         except (OSError, MemoryError) as error:
             return self._no_room(mail, error)
@@ -1443,6 +1451,7 @@ class Session:
             return self._no_room(mail, error)
 
     def _no_room(self, mail: Mail, error: BaseException) -> Reply:
+        """Drop a mail that cannot be kept; return the reply to it."""
         self._error("cannot spool: %s", _why(error))
         mail.spool.close()
         return Reply(452, "4.3.1", "No room for the mail now")
@@ -2199,9 +2208,9 @@ class Server:
             addresses = [peer_of(listener.getsockname()) for listener in sockets]
             slots = Slots(*socket.socketpair())
             opened.callback(slots.close)
-            authenticator = None
-            if self._authenticate is not None:      # an object may be false, such as an empty table
-                authenticator = Authenticator(self._authenticate)
+            # Not by its truth: an object, such as a table that is still empty, may be false.
+            authenticator = (None if self._authenticate is None
+                             else Authenticator(self._authenticate))
             listeners = _Listeners(slots.descriptor, sockets, self._log)
             opened.callback(listeners.close)
             workers = _Workers(
@@ -2278,10 +2287,9 @@ class Server:
         slots = self._slots = Slots(io.FileIO(reader), io.FileIO(writer, "w"))
         try:
             wire = Wire.of_descriptors(source, sink, slots, self._settings.timeout)
-            authenticator = None
-            if self._authenticate is not None:
-                # Always late, since no memory of failures outlives this process.
-                authenticator = Authenticator(self._authenticate, True)
+            # Always late, since no memory of failures outlives this process.
+            authenticator = (None if self._authenticate is None
+                             else Authenticator(self._authenticate, True))
             return self._session(wire, self._settings, authenticator, self._log, 1,
                                  _peer_behind(source)).run()
         finally:

@@ -4357,9 +4357,11 @@ class Daemon(ProgramCase):
     def test_debug_shows_the_dialogue_but_no_secret(self):
         daemon = self.start("--debug", "--auth=user,echo secret")
         with Client(daemon) as client:
-            client.open("AUTH PLAIN " + encoded("\0user\0guess"), "AUTH LOGIN", encoded("user"),
-                        encoded("secret"), "AUTH PLAIN " + encoded("\0user\0secret"),
-                        encoded("secret"), "AUTH " + encoded("secret"), "MAIL FROM:<a@b>", "QUIT")
+            client.open("AUTH LOGIN", encoded("user"), encoded("secret"),
+                        "AUTH PLAIN " + encoded("\0user\0secret"), encoded("secret"),
+                        "AUTH " + encoded("secret"), "MAIL FROM:<a@b>", "QUIT")
+        with Client(daemon) as client:      # afterwards, since all others are as late as this one
+            client.open("AUTH PLAIN " + encoded("\0user\0guess"))
         self.stop(daemon)
         self.assertIn("C: MAIL FROM:<a@b>", self.logged())
         self.assertIn("S: 250 2.1.0 Sender accepted", self.logged())

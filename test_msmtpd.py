@@ -3779,6 +3779,22 @@ class AMail(LibraryCase):
         self.assertEqual((caught, unraisable.mock_calls), ([], []))
         self.assertEqual(open_descriptors(), descriptors)
 
+    def test_has_a_file_that_the_garbage_collector_never_comes_to_first(self):
+        """Or else it would warn that nobody has closed it."""
+        gc.collect()        # what the tests before have left
+        mail = msmtpd.Mail("a@b", data=b"x" * (msmtpd.MAX_MEMORY + 1))
+        mail.itself = mail
+        del mail
+        gc.set_debug(gc.DEBUG_SAVEALL)
+        try:
+            gc.collect()
+            found = {type(thing) for thing in gc.garbage}
+        finally:
+            gc.set_debug(0)
+            gc.garbage.clear()
+        self.assertIn(msmtpd.Spool, found)
+        self.assertFalse([each for each in found if issubclass(each, io.RawIOBase)])
+
     def test_can_be_made_for_the_tests_of_a_deliver(self):
         mail = msmtpd.Mail("a@example.org", ("b@example.org",), b"Subject: x\n\ny\n")
         self.assertEqual((mail.recipients, mail.data, mail.size, mail.message["Subject"]),

@@ -53,6 +53,7 @@ if __name__ == "__main__" and not (sys.flags.isolated or getattr(sys.flags, "saf
     del sys.path[0]     # this file's folder, ~/bin maybe, where a queue.py may be the user's own
 
 import collections
+import contextlib
 import errno
 import functools
 import io
@@ -124,7 +125,7 @@ _GATHERED = 4096                   # bytes of replies to gather; more are sent a
 _CHUNK = 96 * 1024                 # bytes per read: less than malloc maps and unmaps each time
 _SHORT_PAUSE = 0.0001              # seconds until the first look at whether a command has ended
 
-__all__ += [name for name in dir() if re.fullmatch("[A-Z][A-Z_]+", name) and name[:5] != "TYPE_"]
+__all__ += [name for name in dir() if re.fullmatch("(?!TYPE_)[A-Z][A-Z_]+", name)]
 
 # The time in seconds for deadlines, by a clock that test tools do not stop, as they do monotonic().
 _now = (functools.partial(time.clock_gettime, time.CLOCK_MONOTONIC)
@@ -275,8 +276,8 @@ class Mail:
     sender: the reverse-path, "" for <>. recipients: the forward-paths, in the order accepted.
     peer: the client's Peer. helo: the name it gave. user: as whom it authenticated, or None.
     tls: whether it came over TLS. mail_options, rcpt_options: the parameters of MAIL, and those of
-    all RCPTs, such as "SIZE=13" and "SMTPUTF8", their names in upper case. outcome: text for the
-    log line, which a `deliver` may set, as Command sets "exit=0".
+    all RCPTs, such as "SIZE=13" and "SMTPUTF8", their names in upper case. size: bytes of `data`.
+    outcome: text for the log line, which a `deliver` may set, as Command sets "exit=0".
 
     A mail that is kept keeps its data, up to 128 KiB (MAX_MEMORY) in memory, more in a file, so
     that a thousand larger ones take a thousand descriptors. It can be copied and pickled, and is
@@ -295,17 +296,17 @@ class Mail:
     def _begin(self, data: bytes) -> None:
         self._file: BinaryIO = io.BytesIO()
         self._has_descriptor = False        # another process can read it as its standard input
-        self._size = 0
+        self.size = 0
         self._write(data)
 
     def _write(self, data: bytes) -> None:
         """Append `data`. Raises OSError if the disk is full, MemoryError if memory is."""
-        size = self._size + len(data)
+        size = self.size + len(data)
         if size > MAX_MEMORY:
             self._ensure_descriptor()
         self._file.write(data)
         self._file.flush()      # now, while an error is still noticed
-        self._size = size
+        self.size = size
 
     def _ensure_descriptor(self) -> None:
         """Move the data, unless it is there, to where it has a descriptor. Raises OSError."""
@@ -324,13 +325,9 @@ class Mail:
         weakref.finalize(self, _drop, file)
 
     @property
-    def size(self) -> int:
-        """The number of bytes of `data`."""
-        return self._size
-
-    @property
     def file(self) -> BinaryIO:
-        """The mail data as a binary file, at its start; always the same file, not to be closed."""
+        """The mail data as a binary file, at its start; the same file each time, not to be closed.
+        """
         self._file.seek(0, os.SEEK_END)     # drops what is buffered, so that the next seek moves
         self._file.seek(0)                  # the descriptor, too
         return self._file
@@ -356,19 +353,15 @@ class Mail:
         """Whether its addresses may be more than ASCII: RFC 6531."""
         return "SMTPUTF8" in self.mail_options
 
-    def __reduce__(self) -> tuple[Any, ...]:
-        return _copied_mail, (type(self), {**self.__dict__, "_file": self.data})
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_file": self.data}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._begin(state["_file"])     # a file of its own
 
     def __repr__(self) -> str:
         return "<Mail from %r to %r, %d bytes>" % (self.sender, self.recipients, self.size)
-
-
-def _copied_mail(kind: type[Mail], attributes: dict[str, Any]) -> Mail:
-    """The copy of a mail, with a file of its own; as "_file" it got the data."""
-    mail = kind.__new__(kind)
-    mail.__dict__.update(attributes)
-    mail._begin(attributes["_file"])
-    return mail
 
 
 def _temporary_file() -> BinaryIO:
@@ -385,10 +378,8 @@ def _temporary_file() -> BinaryIO:
 
 def _drop(file: BinaryIO) -> None:
     """Close a file whose content does not matter any more."""
-    try:
+    with contextlib.suppress(OSError):      # what could not be written before cannot be now
         file.close()
-    except OSError:     # what could not be written before cannot be now
-        pass
 
 
 def _understand_result(result: object) -> Reply | None:
@@ -409,8 +400,8 @@ def _understand_result(result: object) -> Reply | None:
 
 
 class _Settings(collections.namedtuple("_Settings", (
-        "deliver", "checks", "room", "auth_required", "tls", "starttls", "received", "max_size",
-        "timeout"))):
+        "deliver", "checks", "room", "authenticator", "auth_required", "tls", "starttls",
+        "received", "max_size", "timeout"))):
     """What all sessions of a server share: see Server's arguments; `checks` are asked in turn, and
     `room` is what the command can take of recipients, in bytes as MAX_RECIPIENT_BYTES counts them.
     """
@@ -472,11 +463,9 @@ class _Log:
 
     def tell(self, text: str) -> None:
         """Tell who started the program, on standard error, unless the log is there."""
-        try:
-            if self._stderr is not None:
+        if self._stderr is not None:
+            with contextlib.suppress(OSError):
                 self._stderr.write("msmtpd: %s\n" % text)
-        except OSError:
-            pass
 
     def warn(self, text: str) -> None:
         """Log, and tell who started the program, what may be wrong."""
@@ -510,23 +499,19 @@ class _Outlet(io.FileIO):
 
 def _open_stream(file: int | str) -> TextIO:
     """A stream of text to a file, by its descriptor or name. Raises OSError."""
-    outlet = _Outlet(file, "a") if isinstance(file, str) else _Outlet(file, "w", closefd=False)
+    kind = _Outlet if os.name == "posix" else io.FileIO     # elsewhere only sockets are waited for
+    outlet = kind(file, "a") if isinstance(file, str) else kind(file, "w", closefd=False)
     return io.TextIOWrapper(outlet, "utf-8", "backslashreplace", write_through=True)
 
 
 def _open_stderr(inetd: bool) -> TextIO | None:
-    """Standard error, unless it is closed, or the client, as it may be under inetd."""
+    """Standard error, unless it is closed, or inetd's client."""
     try:
-        if inetd and _is_client(2):
+        if inetd and any(os.path.sameopenfile(2, other) for other in (0, 1)):
             return None
         return _open_stream(2)
     except OSError:
         return None
-
-
-def _is_client(descriptor: int) -> bool:
-    """Whether inetd's client is what a descriptor leads to."""
-    return any(os.path.sameopenfile(descriptor, other) for other in (0, 1))
 
 
 def _ready(readers: Iterable[int], writers: Iterable[int], seconds: float) -> list[int]:
@@ -590,9 +575,8 @@ _HTTP_METHODS = frozenset(
 def _split_line(line: bytes) -> tuple[str, str]:
     """Split a client's line, without its end, into its verb in upper case and its argument.
 
-    Raises _Ended for HTTP, or ValueError saying what is wrong with its bytes.
+    Raises ValueError saying what is wrong with its bytes.
     """
-    _refuse_http(line)
     try:
         text = line.decode()
     except UnicodeDecodeError:
@@ -658,26 +642,17 @@ def _is_inert(address: str) -> bool:
         c in _INERT or (c > "\x7f" and c.isalpha()) for c in address)
 
 
-def _is_http(line: bytes) -> bool:
-    """Whether a line is the request line of HTTP (RFC 9112 section 3)."""
-    line = line.strip()
-    return (line.partition(b" ")[0].upper() in _HTTP_METHODS
-            or b" HTTP/" in line and re.search(br" HTTP/\d(\.\d)?$", line) is not None)
-
-
 def _refuse_http(line: bytes, first: bool = False) -> None:
-    """Raise _Ended for a browser: a web page could put a mail behind its request.
+    """Raise _Ended for HTTP (RFC 9112 3): a web page could put a mail behind its request.
 
     first: whether it is the first line of a session, where a header field is as suspect.
     """
-    if _is_http(line) or first and _is_header(line):
-        raise _Ended(Reply(421, "4.7.0", "This is no web server"), "the client spoke HTTP")
-
-
-def _is_header(line: bytes) -> bool:
-    """Whether a line looks like a header field rather than a verb and its argument."""
+    line = line.strip()
     name, colon, _ = line.partition(b":")
-    return colon != b"" and name.replace(b"-", b"0").isalnum()
+    if (line.partition(b" ")[0].upper() in _HTTP_METHODS
+            or b" HTTP/" in line and re.search(br" HTTP/\d(\.\d)?$", line) is not None
+            or first and colon != b"" and name.replace(b"-", b"0").isalnum()):
+        raise _Ended(Reply(421, "4.7.0", "This is no web server"), "the client spoke HTTP")
 
 
 def _decode_text(raw: bytes) -> str:
@@ -730,8 +705,7 @@ class _MailData:
     def feed(self, piece: bytes) -> Iterator[bytes]:
         """Take the next piece; return what is certain now of the lines."""
         self._recent = (self._recent + piece[-4:])[-4:]
-        data = self._tail + piece
-        self.ended, settled, self._tail, self.rest = self._split(data)
+        settled = self._settle(self._tail + piece)
         self.size += len(settled)
         return self._decode(settled)
 
@@ -739,20 +713,23 @@ class _MailData:
         """Whether the client may think that it has ended the data, if only by other line ends."""
         return self._recent.endswith((b"\n.\n", b"\n.\r\n"))
 
-    def _split(self, data: bytes) -> tuple[bool, bytes, bytes, bytes]:
-        """Whether the end is in `data`, what is before it, what may be its begin, and the rest.
+    def _settle(self, data: bytes) -> bytes:
+        """Return what of `data` is before the end, and before what may be the begin of one.
 
-        Mostly all of `data` is before it, and then no byte is copied.
+        Mostly that is all of `data`, and then no byte is copied.
         """
+        self._tail = b""
         if b"." in data:        # one byte is found ten times as fast as a string
             found = [(data.find(end), end) for end in self._ends if end in data]
             if found:
                 at, end = min(found)
-                return True, data[:at + end.index(b".")], b"", data[at + len(end):]
+                self.ended, self.rest = True, data[at + len(end):]
+                return data[:at + end.index(b".")]
         for size in (4, 3, 2, 1):
             if any(data.endswith(end[:size]) for end in self._ends):
-                return False, data[:-size], data[-size:], b""
-        return False, data, b"", b""
+                self._tail = data[-size:]
+                return data[:-size]
+        return data
 
     def _decode(self, settled: bytes) -> Iterator[bytes]:
         lines = settled.rstrip(b"\r")
@@ -796,64 +773,78 @@ def _count_hops(mail: BinaryIO) -> int:
 def _mail_date(when: float) -> str:
     """`when`, in seconds since the epoch, as RFC 5322 3.3 writes it, in local time."""
     t = time.localtime(when)
-    days = ("Mon", "Tue", "Wed", "Thu", "Fri", "Sat", "Sun")
-    months = ("Jan", "Feb", "Mar", "Apr", "May", "Jun", "Jul", "Aug", "Sep", "Oct", "Nov", "Dec")
-    # strftime's names would follow the locale; email.utils, which has them, is slow to import.
-    return "%s, %d %s %s" % (days[t.tm_wday], t.tm_mday, months[t.tm_mon - 1],
-                             time.strftime("%Y %H:%M:%S %z", t))
+    # By asctime(), as strftime's names would follow the locale; email.utils is slow to import.
+    day, month = time.asctime(t).split()[:2]
+    return "%s, %d %s %s" % (day, t.tm_mday, month, time.strftime("%Y %H:%M:%S %z", t))
 
 
 # ---------------------------------------------------------------------------------------------
 # Wire: the client's connection, as lines, pieces and deadlines
 # ---------------------------------------------------------------------------------------------
 
+# What a session waits for, by which a stop ends the wait: a verb at once, anything else of the
+# client when the grace is over, and the verb behind a mail that was delivered while stopping, last.
+_VERB, _DATA, _PARTING = range(3)
+
+
 class _Slots:
     """What a server tells its sessions: whether all slots are taken, and whether to end.
 
-    free: the threads that could take a further client, None where there can be none. A signal
-    handler may call `stop`, hence a lock that who holds it can take again.
+    free: the threads that could take a further client, None under inetd, where there is none. A
+    signal handler may call `stop`, hence a lock that who holds it can take again.
     """
 
     def __init__(self) -> None:
         self._lock = threading.RLock()
-        self._waiting: dict[_Wire, bool] = {}   # who waits for a client, and whether for a verb
+        self._waiting: dict[_Wire, int] = {}    # who waits for a client, and for what
+        self._ends_at = [0.0, float("inf"), float("inf")]       # when a wait ends, once stopping
         self.free: set[int] | None = None
         self.stopping = False
-        self._data_until = self.leave_at = float("inf")
 
     @property
     def full(self) -> bool:
         """Whether all slots are taken."""
         return self.free is not None and not self.free
 
-    def ends(self, idle: bool) -> bool:
-        """Whether a session has to end now, one that waits for a verb or any other."""
-        return self.stopping and (idle or _now() >= self._data_until)
+    @property
+    def leave_at(self) -> float:
+        """When a delivery is left behind."""
+        return self._ends_at[_PARTING]
 
-    def enter(self, wire: _Wire, idle: bool) -> None:
+    def ends(self, kind: int) -> bool:
+        """Whether a wait of this kind has to end now."""
+        return self.stopping and _now() >= self._ends_at[kind]
+
+    def enter(self, wire: _Wire, kind: int) -> None:
         """Let a stop wake who waits from now on."""
         with self._lock:
-            self._waiting[wire] = idle
+            self._waiting[wire] = kind
 
     def leave(self, wire: _Wire) -> None:
         """Let no stop wake it any more: who is woken cannot read on."""
         with self._lock:
             del self._waiting[wire]
 
+    def sleep(self, seconds: float) -> None:
+        """Sleep, but no longer than until a stop."""
+        end = _now() + seconds
+        while not self.stopping and _now() < end:
+            time.sleep(max(0.0, min(0.1, end - _now())))
+
     def stop(self, grace: float, patience: float) -> None:
         """Begin to end the sessions, as Server.stop says; a further call can only shorten this."""
         until = _now() + grace
         with self._lock:
-            self._data_until = min(self._data_until, until)
-            self.leave_at = min(self.leave_at, until + patience)
+            self._ends_at[_DATA] = min(self._ends_at[_DATA], until)
+            self._ends_at[_PARTING] = min(self._ends_at[_PARTING], until + patience)
             self.stopping = True
         self.wake()
 
     def wake(self) -> None:
         """Wake those who wait though they have to end now."""
         with self._lock:
-            for wire, idle in self._waiting.items():
-                if self.ends(idle):
+            for wire, kind in self._waiting.items():
+                if self.ends(kind):
                     wire.wake()
 
 
@@ -885,7 +876,7 @@ _SHUT_RD, _SHUT_WR, _SHUT_RDWR = range(3)
 
 
 def _taking_turns(connection: socket.socket) -> socket.socket:
-    """Return that socket, but its calls wait no longer than TURN.
+    """Return that socket, but its calls wait no longer than TURN, or a part of it.
 
     In the kernel where it can: a timeout of Python's own asks poll(2) before each call. Not where
     the socket is not the system's, as under gevent, and its descriptor so never blocks.
@@ -897,11 +888,12 @@ def _taking_turns(connection: socket.socket) -> socket.socket:
     try:
         if not os.get_blocking(connection.fileno()):
             raise OSError
-        turn = struct.pack("ll", int(TURN), int(1e6 * (TURN % 1)))
-        for option in (socket.SO_RCVTIMEO, socket.SO_SNDTIMEO):
-            connection.setsockopt(socket.SOL_SOCKET, option, turn)
+        # A stop can wake who reads, but not who sends.
+        for option, turn in (socket.SO_RCVTIMEO, TURN), (socket.SO_SNDTIMEO, TURN / 5):
+            connection.setsockopt(socket.SOL_SOCKET, option,
+                                  struct.pack("ll", int(turn), int(1e6 * (turn % 1))))
     except (AttributeError, OSError):
-        connection.settimeout(TURN)
+        connection.settimeout(TURN / 5)
     return connection
 
 
@@ -920,6 +912,7 @@ class _Wire:
         self._gathered = 0.0        # when the first of it was
         self._unheard = False       # the client takes no more replies
         self._in_tls = False
+        self._shutdown = connection.shutdown
 
     def read_line(self, since: float, parting: bool) -> bytes:
         """Return the next line, its end included, of up to _MAX_ENDLESS_LINE bytes.
@@ -928,10 +921,11 @@ class _Wire:
         FULL_TIMEOUT from then. parting: whether it has a moment for this line though the server
         stops.
         """
-        if self._slots.ends(idle=not parting):
+        kind = _PARTING if parting else _VERB
+        if self._slots.ends(kind):
             raise _ended_by_stop()
         deadline = _now() + (PARTING_TIMEOUT if parting else self._timeout)
-        data = self._input or self._pull(deadline, since, idle=not parting)
+        data = self._input or self._pull(deadline, since, kind)
         while True:
             if data.startswith(b"\x16\x03"):        # RFC 8446 5.1: a handshake record
                 raise _Ended(None, "the client spoke TLS to a plain port")
@@ -943,7 +937,7 @@ class _Wire:
                 self._input = data[size:]
                 return data[:size]
             self._input = b""
-            data += self._pull(deadline, since, idle=not parting)
+            data += self._pull(deadline, since, kind)
 
     def read_piece(self, start: float, received: int) -> bytes:
         """Return what comes next of mail data that began at `start`, `received` bytes so far.
@@ -952,7 +946,7 @@ class _Wire:
         """
         if not self._input:
             now = _now()
-            return self._pull(self._timeout + min(now, start + received / MIN_RATE), now)
+            return self._pull(self._timeout + min(now, start + received / MIN_RATE), now, _DATA)
         piece, self._input = self._input, b""
         return piece
 
@@ -980,16 +974,19 @@ class _Wire:
 
         What came in plain text before is dropped (CVE-2021-38371 and its kind).
         """
+        import socket
         self.flush()
         self._input = b""
         assert not isinstance(self._connection, _Descriptors)
         secured = context.wrap_socket(self._connection, server_side=True,
                                       do_handshake_on_connect=False)
         self._connection, self._in_tls = secured, True
-        secured.settimeout(TURN / 5)        # as a stop cannot wake who waits
+        # Not its own, which would go on in plain text, as another thread may still do meanwhile.
+        self._shutdown = functools.partial(socket.socket.shutdown, secured)
+        secured.settimeout(TURN / 5)        # a stop cannot wake who waits
         now = _now()
         self._in_turns(secured.do_handshake, False, now + min(HANDSHAKE_TIMEOUT, self._timeout),
-                       now, idle=True)
+                       now, _VERB)
         return secured.version() or ""
 
     def wake(self) -> None:
@@ -1003,10 +1000,8 @@ class _Wire:
 
     def shut(self, how: int) -> None:
         """End one direction of the connection, or both. May be called in other threads."""
-        try:
-            self._connection.shutdown(how)
-        except OSError:     # closed or broken before
-            pass
+        with contextlib.suppress(OSError):      # closed or broken before
+            self._shutdown(how)
 
     def close(self, farewell: bytes, linger: bool) -> None:
         """Send `farewell` if the client takes it within a second, or else give it up; close.
@@ -1015,45 +1010,39 @@ class _Wire:
         expect the end: a socket that is closed with unread input is reset, and the client may
         never see the farewell.
         """
-        deadline = _now() + 1.0
+        deadline = _now() + (0.1 if self._slots.stopping else 1.0)
         data, self._output = self._output + farewell, b""
         try:
             self._push(data, deadline)
-            if self._in_tls:
-                self._say_goodbye()
+            if self._in_tls:        # say its end (RFC 8446 6.1), but do not wait for the answer
+                self._connection.settimeout(0)
+                with contextlib.suppress(OSError):
+                    self._connection.unwrap()   # type: ignore[union-attr]
             if linger:
                 self.shut(_SHUT_WR)
                 if self._slots.full:        # somebody may be waiting for this slot
                     deadline = _now() + 0.1
                 self._connection.settimeout(0.1)
                 while _now() < deadline and not self._slots.stopping and self._in_turns(
-                        self._connection.recv, _CHUNK, deadline, deadline, idle=True):
+                        self._connection.recv, _CHUNK, deadline, deadline, _VERB):
                     pass
         except (_Ended, OSError):
             pass
         finally:
             self._connection.close()
 
-    def _say_goodbye(self) -> None:
-        """Tell the client that TLS ends (RFC 8446 6.1); its answer is not awaited."""
-        self._connection.settimeout(0)
-        try:
-            self._connection.unwrap()   # type: ignore[union-attr]
-        except OSError:
-            pass
-
-    def _pull(self, deadline: float, since: float, idle: bool = False) -> bytes:
+    def _pull(self, deadline: float, since: float, kind: int) -> bytes:
         """Return the client's next bytes, after sending it what is gathered."""
         self.flush()
-        self._slots.enter(self, idle)
+        self._slots.enter(self, kind)
         try:
-            self._check(deadline, since, idle)
-            data: bytes = self._in_turns(self._connection.recv, _CHUNK, deadline, since, idle)
+            self._look_around(deadline, since, kind)
+            data: bytes = self._in_turns(self._connection.recv, _CHUNK, deadline, since, kind)
         except OSError:
             data = b""
         finally:
             self._slots.leave(self)
-        if self._slots.ends(idle):      # it was woken, or came too late
+        if self._slots.ends(kind):      # it was woken, or came too late
             raise _ended_by_stop()
         if not data:
             raise _Ended(None, "the client left")
@@ -1066,29 +1055,29 @@ class _Wire:
         """
         try:
             while data and not self._unheard:
-                data = data[self._in_turns(self._connection.send, data, deadline, _now()):]
+                data = data[self._in_turns(self._connection.send, data, deadline, _now(), _DATA):]
                 if data:
-                    self._check(deadline, _now(), idle=False)
+                    self._look_around(deadline, _now(), _DATA)
         except ConnectionError:
             self._unheard = True
         except OSError as error:
             raise _Ended(None, "cannot send: %s" % _why(error)) from None
 
     def _in_turns(self, call: Callable[[Any], Any], argument: object, deadline: float,
-                  since: float, idle: bool = False) -> Any:
-        """Call until that returns something, or `_check` raises."""
+                  since: float, kind: int) -> Any:
+        """Call until that returns something, or a look around ends the wait."""
         while True:
             try:
                 return call(argument)
             except OSError as error:
                 if error.errno not in _TURN_IS_OVER:
                     raise
-            self._check(deadline, since, idle)
+            self._look_around(deadline, since, kind)
 
-    def _check(self, deadline: float, since: float, idle: bool) -> None:
-        """Raise _Ended where the wait is over; idle: whether it is one for a verb."""
+    def _look_around(self, deadline: float, since: float, kind: int) -> None:
+        """Raise _Ended where the wait is over."""
         now = _now()
-        if self._slots.ends(idle):
+        if self._slots.ends(kind):
             raise _ended_by_stop()
         if now >= deadline or self._slots.full and now >= since + FULL_TIMEOUT:
             raise _Ended(Reply(421, "4.4.2", "Waited for too long"),
@@ -1140,15 +1129,16 @@ class Session:
 
     hostname = "localhost"      # as it greets, and names itself in the Received line
 
-    def __init__(self, wire: _Wire, settings: _Settings, slots: _Slots,
-                 authenticator: _Authenticator | None, log: _Log, number: int, peer: Peer) -> None:
+    def __init__(self, wire: _Wire, settings: _Settings, slots: _Slots, log: _Log, number: int,
+                 peer: Peer) -> None:
         self.number, self.peer = number, peer
         self.helo = ""
         self.user: str | None = None
         self.tls = False
         self.mail: Mail | None = None
         self._wire, self._settings, self._slots = wire, settings, slots
-        self._authenticator, self._log = authenticator, log
+        self._authenticator: _Authenticator | None = settings.authenticator
+        self._log = log
         self._protocol = ""         # by the last greeting, "" before that
         self._room = 0.0            # bytes left for further recipients of the transaction
         self._first_line = True     # no line was read so far
@@ -1232,19 +1222,14 @@ class Session:
             raise (_ended_by_stop() if parting else end) from None
         self._line_end = b"\r\n" if line.endswith(b"\r\n") else b"\n"
         self._bare_lf = self._bare_lf and self._line_end == b"\n"
-        if self._first_line:        # _split_line looks at later ones, once at those it caches
-            _refuse_http(line, first=True)
+        _refuse_http(line, self._first_line)
         self._first_line = False
         if parting and line.strip().upper() != b"QUIT":
             raise _ended_by_stop()
         self._after_data = False
         if len(line) > MAX_AUTH_LINE:
-            self._refuse_long(line)
+            raise _Refused(Reply(500, "5.5.2", "Line too long"))
         return line
-
-    def _refuse_long(self, line: bytes) -> None:
-        _refuse_http(line)
-        raise _Refused(Reply(500, "5.5.2", "Line too long"))
 
     def close(self) -> None:
         """End the connection at once, and so the session. May be called in any thread."""
@@ -1253,29 +1238,30 @@ class Session:
     def _answer(self) -> Reply | None:
         """Read one line and return the reply to it, None for no further one."""
         verb = argument = ""
+        reply: Reply | None
         try:
             verb, argument = self._read_verb()
             method = self.VERBS.get(verb)
             if method is None:
                 raise _Refused(Reply(500, "5.5.1", "Unknown command"))
-            reply: Reply | None = getattr(self, method)(argument)
-            if reply and reply.code >= 400:     # of a subclass; this class raises its refusals
-                self._log_refusal(verb, argument, reply)
-            return reply
+            reply = getattr(self, method)(argument)
         except _Refused as refusal:
-            self._log_refusal(verb, argument, refusal.reply)
+            reply = refusal.reply
             self._errors += refusal.is_error
-            if self._errors >= MAX_ERRORS:
-                raise _Ended(Reply(421, "4.7.0", "Too many errors"), "errors") from None
-            return refusal.reply
+        if reply and reply.code >= 400 and verb in ("MAIL", "RCPT"):
+            self._log.info("refused %s %s: %s", verb, _shown(argument), reply._brief())
+        if self._errors >= MAX_ERRORS:
+            raise _Ended(Reply(421, "4.7.0", "Too many errors"), "errors")
+        return reply
 
     def _read_verb(self) -> tuple[str, str]:
         """Return the next line's verb, in upper case, and its argument."""
         line = self.read_line()
-        # Not those that may hold a password, as may an unknown verb, behind an AUTH refused.
+        # A line that may hold a password is neither cached nor logged: AUTH's, and unknown verbs,
+        # since a client whose AUTH was refused may send it all the same.
         keep = line[:5].rstrip().upper() in _KEPT_VERBS
-        if len(line) > MAX_LINE and line[:5].upper() != b"AUTH ":
-            self._refuse_long(line)
+        if len(line) > MAX_LINE and line[:5].upper().rstrip() != b"AUTH":
+            raise _Refused(Reply(500, "5.5.2", "Line too long"))
         try:
             verb, argument = (_split_line_cached if keep else _split_line)(line.rstrip(b"\r\n"))
         except ValueError as error:
@@ -1341,7 +1327,7 @@ class Session:
         self._check_parameters(parameters)
         mail = Mail(sender, peer=self.peer, helo=self.helo, user=self.user, tls=self.tls,
                     mail_options=_words_of(parameters))
-        self._check(sender, mail, _SENDER_DEFAULTS)
+        self._ask_checks(sender, mail, _SENDER_DEFAULTS)
         self.mail, self._room = mail, min(MAX_RECIPIENT_BYTES, self._settings.room)
         return Reply(250, "2.1.0", "Sender accepted")
 
@@ -1356,7 +1342,7 @@ class Session:
             raise _Refused(Reply(452, "4.5.3", "Too many recipients; send the rest separately"))
         mail.recipients.append(recipient)       # by which `check` tells it from the sender
         try:
-            self._check(recipient, mail, _RECIPIENT_DEFAULTS)
+            self._ask_checks(recipient, mail, _RECIPIENT_DEFAULTS)
         except _Refused:
             mail.recipients.pop()
             raise
@@ -1467,7 +1453,8 @@ class Session:
         if 0 < self._settings.max_size < int(size):
             raise _Refused(self._too_big())
 
-    def _check(self, address: str, mail: Mail, defaults: dict[int, tuple[int, str]]) -> None:
+    def _ask_checks(self, address: str, mail: Mail,
+                    defaults: dict[int, tuple[int, str]]) -> None:
         """Raise _Refused for an address that needs SMTPUTF8 without it, or that `check` refuses."""
         if not (address.isascii() or mail.smtputf8):
             raise _Refused(Reply(553, "5.6.7", "Address needs SMTPUTF8"))
@@ -1499,21 +1486,18 @@ class Session:
         import base64
         self.send(Reply(334, "", base64.b64encode(challenge).decode()))
         line = self.read_line()
-        _refuse_http(line)
         self._log.debug("C: (hidden)")
-        try:
-            return _decode_response(line.decode("latin-1"))
-        except ValueError as error:
-            raise _Refused(Reply(501, "5.5.2", str(error))) from None
+        return _decode_response(line.decode("latin-1"))
 
     def _authenticate(self, user: str, password: str) -> Reply:
         assert self._authenticator is not None
         self.flush()
         started = _now()
         try:
-            accepted = self._authenticator.verify(user, password)
+            accepted = self._authenticator.verify(user, password, self._slots.sleep)
             reply = Reply(535, "5.7.8", "Wrong user name or password")
         except _Failure as failure:
+            self._log_details(failure)
             accepted, reply = False, failure._reply(_AUTHENTICATE_DEFAULTS, "Not accepted")
         except BaseException as error:
             # Its text might hold the password, and so might a traceback.
@@ -1555,8 +1539,7 @@ class Session:
 
     def _store(self, mail: Mail, head: bytes, pieces: Iterator[bytes],
                data: _MailData) -> Reply | None:
-        """Keep these lines; return the reply where the mail is too big, in a loop, or has no room.
-        """
+        """Keep these lines; return the reply where they are too many, loop, or find no room."""
         try:
             problem = self._too_big() if 0 < self._settings.max_size < data.size else None
             for lines in pieces if not problem else ():
@@ -1602,11 +1585,6 @@ class Session:
             for line in data.decode("ascii", "backslashreplace").splitlines():
                 self._log.debug("S: %s", line)
 
-    def _log_refusal(self, verb: str, argument: str, reply: Reply) -> None:
-        """Log that a sender or a recipient was refused."""
-        if verb in ("MAIL", "RCPT"):
-            self._log.info("refused %s %s: %s", verb, _shown(argument), reply._brief())
-
     def _log_details(self, failure: _Failure) -> None:
         """Log the details; those of a command are errors, those of a caller were meant so."""
         put = (self._log.error if isinstance(self._settings.deliver, Command)
@@ -1620,8 +1598,9 @@ class Session:
         if not self._log.informing:
             return
         status = {2: "sent", 4: "deferred"}.get(reply.code // 100, "failed")
-        outcome = " " + mail.outcome if mail.outcome else ""
-        sender, *recipients = ("<%s>" % _shown(address).replace(">", "\\x3e")
+        outcome = " %s" % mail.outcome if mail.outcome else ""
+        # A `deliver` may have changed them to what is no text.
+        sender, *recipients = ("<%s>" % _shown(str(address)).replace(">", "\\x3e")
                                for address in (mail.sender, *mail.recipients))
         user = "" if self.user is None else " user=" + _shown(self.user)
         self._log.info("mail from=%s to=%s size=%d status=%s%s seconds=%.3f%s%s", sender,
@@ -1647,18 +1626,18 @@ def _words_of(parameters: dict[str, str | None]) -> list[str]:
 def _decode_response(text: str) -> bytes:
     """A response of AUTH without its base64; "=" is an empty one (RFC 4954 section 4).
 
-    White space around it and a "=" that is missing at its end do no harm. Raises ValueError saying
-    what is wrong with it, or that the client cancels.
+    White space around it and a "=" that is missing at its end do no harm. Raises _Refused for what
+    is wrong with it, or because the client cancels.
     """
     import base64
     text = text.strip(" \t\r\n")
     if text == "*":
-        raise ValueError("Cancelled")
+        raise _Refused(Reply(501, "5.5.2", "Cancelled"))
     text = text.rstrip("=")
     try:
         return base64.b64decode(text + "=" * (-len(text) % 4), validate=True)
     except ValueError:      # binascii.Error is one
-        raise ValueError("Bad base64") from None
+        raise _Refused(Reply(501, "5.5.2", "Bad base64")) from None
 
 
 def _plain(ask: Ask, initial: bytes | None) -> tuple[str, str]:
@@ -1683,12 +1662,12 @@ _MECHANISMS = {"PLAIN": _plain, "LOGIN": _login}
 class _Authenticator:
     """The password check, with a memory of failures that makes guessing slow in all sessions."""
 
-    def __init__(self, authenticate: Authenticate, always_late: bool = False) -> None:
-        self._authenticate, self._always_late = authenticate, always_late
+    def __init__(self, authenticate: Authenticate) -> None:
+        self._authenticate, self.always_late = authenticate, False
         self._late_until = float("-inf")    # only assigned, so it needs no lock
 
-    def verify(self, user: str, password: str) -> bool:
-        """Whether they are right; takes AUTH_DELAY seconds if not, or after a recent failure.
+    def verify(self, user: str, password: str, sleep: Callable[[float], None]) -> bool:
+        """Whether they are right; sleeps for AUTH_DELAY if not, or after a recent failure.
 
         Raises what `authenticate` raises, just as late, but a TemporaryFailure at once.
         """
@@ -1701,17 +1680,17 @@ class _Authenticator:
         except TemporaryFailure:
             raise
         except BaseException:
-            self._wait(failed=True)
+            self._delay(sleep, failed=True)
             raise
-        self._wait(failed=not accepted)
+        self._delay(sleep, failed=not accepted)
         return accepted
 
-    def _wait(self, failed: bool) -> None:
+    def _delay(self, sleep: Callable[[float], None], failed: bool) -> None:
         # Remembered before the delay, so that no guess made meanwhile is answered sooner.
         if failed:
             self._late_until = _now() + AUTH_MEMORY
-        if self._always_late or _now() < self._late_until:
-            time.sleep(AUTH_DELAY)
+        if self.always_late or _now() < self._late_until:
+            sleep(AUTH_DELAY)
 
 
 def one_user(user: str, password: str) -> Authenticate:
@@ -2033,10 +2012,8 @@ class _Run:
         self._pause = _SHORT_PAUSE                  # between looks at a process without a pidfd
         self._stderr: int | None = stderr           # these two are descriptors
         self._pidfd: int | None = None
-        try:        # Linux with Python 3.9, unless forbidden
-            self._pidfd = os.pidfd_open(pid)
-        except (AttributeError, OSError, MemoryError):
-            pass
+        with contextlib.suppress(AttributeError, OSError, MemoryError):
+            self._pidfd = os.pidfd_open(pid)    # Linux with Python 3.9 or newer, unless forbidden
 
     @property
     def outcome(self) -> str:
@@ -2056,12 +2033,14 @@ class _Run:
         signals = [signal.SIGTERM, signal.SIGKILL]
         try:
             # Mostly it ends at once; watching its standard error, too, would mean waking up twice.
-            if self._pidfd is not None and _ready((self._pidfd,), (), 0.01):
-                self.reap()
-            while not self.ended or self.timed_out and self._stderr is not None:
+            if self._pidfd is not None:
+                self._watch(0.01, [self._pidfd])
+            while not self.ended or self.timed_out and signals and self._stderr is not None:
                 left = deadline - _now()
                 if left > 0:
-                    self._watch(min(left, 3600.0))
+                    pidfd = None if self.ended else self._pidfd
+                    self._watch(min(left, 3600.0),
+                                [fd for fd in (self._stderr, pidfd) if fd is not None])
                 elif self.timed_out or not self.reap():     # what has ended by now was in time
                     self.timed_out = True
                     if not signals:         # another user's, or stuck in the kernel
@@ -2076,11 +2055,9 @@ class _Run:
         finally:
             self._close()
 
-    def _watch(self, seconds: float) -> None:
+    def _watch(self, seconds: float, watched: list[int]) -> None:
         """Wait for its end or its error output, at most `seconds`, and take what there is."""
-        pidfd = None if self.ended else self._pidfd
-        watched = [fd for fd in (self._stderr, pidfd) if fd is not None]
-        if pidfd is None:
+        if self._pidfd is None or self.ended:
             seconds = min(seconds, self._pause)
             self._pause = min(2 * self._pause, 0.05)
         try:
@@ -2093,11 +2070,11 @@ class _Run:
         self.reap()
 
     def signal(self, number: int) -> None:
-        """Send a signal to the whole process group."""
-        try:
+        """Send a signal to the whole process group, unless the command has ended in time."""
+        if self.ended and not self.timed_out:
+            return
+        with contextlib.suppress(ProcessLookupError, PermissionError):
             os.killpg(self._pid, number)
-        except (ProcessLookupError, PermissionError):
-            pass
 
     def reap(self) -> bool:
         """Take the status of the command, if it has ended; return whether it has."""
@@ -2107,6 +2084,8 @@ class _Run:
             except ChildProcessError:
                 # Somebody in this process waits for all children, or ignores SIGCHLD.
                 pid, status = -1, 0
+            except OSError:     # to be asked again
+                pid, status = 0, 0
             if pid > 0:
                 self.status = status and (-os.WTERMSIG(status) if os.WIFSIGNALED(status)
                                           else os.WEXITSTATUS(status))
@@ -2125,12 +2104,10 @@ class _Run:
 
     def _close(self) -> None:
         """Read the rest of the head, unless the command succeeded; close all descriptors."""
-        try:
+        with contextlib.suppress(OSError, MemoryError):
             while (self.status != 0 and self._stderr is not None
                    and len(self.errors) < MAX_ERROR_OUTPUT and _ready((self._stderr,), (), 0)):
                 self._read_errors()
-        except (OSError, MemoryError):
-            pass
         for descriptor in (self._stderr, self._pidfd):
             if descriptor is not None:
                 _close(descriptor)
@@ -2138,10 +2115,8 @@ class _Run:
 
 def _close(descriptor: int) -> None:
     """Close a descriptor; an error of that changes nothing."""
-    try:
+    with contextlib.suppress(OSError):
         os.close(descriptor)
-    except OSError:
-        pass
 
 
 def _open_input(mail: Mail) -> int:
@@ -2156,11 +2131,7 @@ def _open_input(mail: Mail) -> int:
         mail._ensure_descriptor()
     except OSError as error:
         raise TemporaryFailure("No room for the mail now", 452, "4.3.1", [_why(error)]) from None
-    descriptor = mail.file.fileno()
-    try:        # for reading only, at a position of its own
-        return os.open("/proc/self/fd/%d" % descriptor, os.O_RDONLY)
-    except OSError:
-        return os.dup(descriptor)
+    return os.dup(mail.file.fileno())
 
 
 def _fill_pipe(data: bytes) -> int | None:
@@ -2336,13 +2307,15 @@ class Server:
             _require_server_context(tls)
         self.host, self.port = self._hosts[0], port
         self.addresses: list[Peer] = []
-        self._port, self._sockets, self._authenticate = port, sockets, authenticate
+        self._port, self._sockets = port, sockets
         checks: tuple[Check, ...] = () if check is None else (check,)
         room = float("inf")
         if isinstance(deliver, Command):        # so that MAIL and RCPT already refuse
             checks, room = (deliver.check, *checks), deliver._room
-        self._settings = _Settings(deliver, checks, room, auth_required, tls, starttls, received,
-                                   max_size, timeout)
+        # Not by its truth: an object, such as a table that is still empty, may be false.
+        authenticator = None if authenticate is None else _Authenticator(authenticate)
+        self._settings = _Settings(deliver, checks, room, authenticator, auth_required, tls,
+                                   starttls, received, max_size, timeout)
         self._session = session
         self._log = _library_log(log)
         self._numbers = itertools.count(1)
@@ -2374,15 +2347,18 @@ class Server:
             if self._service and not self._service.slots.stopping:
                 raise RuntimeError("the server has been started already")
             sockets = self._sockets or _listen(self._hosts, self._port)
-            authenticator = self._new_authenticator()
 
             def serve(client: socket.socket, name: object, slots: _Slots) -> None:
-                self._new_session(_taking_turns(client), slots, authenticator,
-                                  _peer_of(name))._run()
+                self._new_session(_taking_turns(client), slots, _peer_of(name))._run()
             service = _Service(sockets, self._max_sessions, self._log, serve)
-            service.start()
-            self.addresses = [_peer_of(listener.getsockname()) for listener in sockets]
-            self._service = service
+            try:
+                self.addresses = [_peer_of(listener.getsockname()) for listener in sockets]
+                service.start()
+                self._service = service
+            except BaseException:
+                service.drain(0.0, 0.5)
+                service.join()
+                raise
             if self.addresses[0].port is not None:
                 self.host, self.port = self.addresses[0].host, self.addresses[0].port
 
@@ -2403,7 +2379,8 @@ class Server:
             self.start()
         service = self._service
         if service:         # not stopped since
-            service.wait()
+            while not service.wait():
+                pass
             self._finish(service)
 
     def _finish(self, service: _Service) -> None:
@@ -2411,25 +2388,10 @@ class Server:
         if service.join() and self._service is service:
             self._service = None
 
-    def _drain(self, grace: float, patience: float) -> None:
-        """Begin to stop, and return at once, as a signal handler has to.
-
-        A `deliver` that still runs `patience` seconds after `grace` is left behind.
-        """
-        if self._service:
-            self._service.drain(grace, patience)
-
-    def _new_authenticator(self, always_late: bool = False) -> _Authenticator | None:
-        # Not by its truth: an object, such as a table that is still empty, may be false.
-        if self._authenticate is None:
-            return None
-        return _Authenticator(self._authenticate, always_late)
-
-    def _new_session(self, connection: Connection, slots: _Slots,
-                     authenticator: _Authenticator | None, peer: Peer) -> Session:
+    def _new_session(self, connection: Connection, slots: _Slots, peer: Peer) -> Session:
         number = next(self._numbers)
         return self._session(_Wire(connection, slots, self._settings.timeout), self._settings,
-                             slots, authenticator, self._log.of_session(number), number, peer)
+                             slots, self._log.of_session(number), number, peer)
 
 
 class _Service:
@@ -2442,7 +2404,6 @@ class _Service:
 
     def __init__(self, sockets: Sequence[socket.socket], number: int, log: _Log,
                  serve: Callable[[socket.socket, object, _Slots], None]) -> None:
-        import contextlib
         import selectors
         import socket
         self.slots = _Slots()
@@ -2451,7 +2412,8 @@ class _Service:
         self._pid = os.getpid()
         self._threads: list[threading.Thread] = []
         self._starting = threading.Lock()   # held while they are started
-        self._turn = threading.Lock()       # of the thread that waits for clients
+        # Of the thread that waits for clients; a signal handler may take it again in `join`.
+        self._turn = threading.RLock()
         self._running = threading.Lock()    # held until the stop
         self._running.acquire()
         self._pause = 0.0                   # seconds to wait after the last try, if that failed
@@ -2460,10 +2422,8 @@ class _Service:
                 opened.enter_context(listener)
                 listener.setblocking(False)
                 # Inherited by connections, where otherwise a second small reply might wait 40 ms.
-                try:
+                with contextlib.suppress(OSError):      # a Unix socket has no delay
                     listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-                except OSError:     # a Unix socket has no delay
-                    pass
             self._stop_seen, self._stop_told = socket.socketpair()
             opened.enter_context(self._stop_seen)
             opened.enter_context(self._stop_told)
@@ -2486,33 +2446,34 @@ class _Service:
                     self._threads.append(thread)
                 except (RuntimeError, MemoryError) as error:
                     if number == 0:
-                        self._opened.close()
                         raise
-                    # Only half of these: the commands need processes, which are as scarce.
+                    # Keep half of the threads: the commands need processes, which are as scarce.
                     self._number = (number + 1) // 2
                     del self._threads[self._number:]
                     self._log.error("no more than %d sessions at a time: %s", self._number,
                                     _why(error))
                     return
 
-    def wait(self) -> None:
-        """Wait until the service is to stop."""
-        # In turns: a signal that the kernel gives to another thread does not end this wait.
-        while not self._running.acquire(timeout=0.5):
-            pass
-        self._running.release()
+    def wait(self) -> bool:
+        """Wait for the stop, half a second at most; return whether it has come."""
+        # No longer: a signal that the kernel gives to another thread does not end a wait.
+        if not self.slots.stopping:
+            self._running.acquire(timeout=0.5)
+        return self.slots.stopping
 
     def drain(self, grace: float, patience: float) -> None:
-        """Begin to stop, as Server._drain says."""
-        if os.getpid() != self._pid:        # a fork, whose parent has the threads and serves on
+        """Begin to stop, and return at once, as a signal handler has to.
+
+        A `deliver` that still runs `patience` seconds after `grace` is left behind.
+        """
+        if os.getpid() == self._pid:
+            self.slots.stop(grace, patience)
+            with contextlib.suppress(OSError):
+                self._stop_told.shutdown(_SHUT_RDWR)
+        else:       # a fork, whose parent has the threads and serves on
             self.slots.stopping = True
-            return
-        self.slots.stop(grace, patience)
-        try:
-            self._stop_told.shutdown(_SHUT_RDWR)       # reaches the copies of a fork's, too
+        with contextlib.suppress(RuntimeError):     # it was released before
             self._running.release()
-        except (OSError, RuntimeError):     # done before
-            pass
 
     def join(self) -> bool:
         """Stop listening and wait for the threads, as long as `drain` allows.
@@ -2606,7 +2567,6 @@ def _peer_of(name: object) -> Peer:
 
 def _listen(hosts: Sequence[str], wanted: int, tries: int = 8) -> list[socket.socket]:
     """Return sockets that listen on each of `hosts`, at port `wanted` or, if 0, one free on all."""
-    import contextlib
     import socket
     hosts, port = list(hosts), wanted
     listeners: list[socket.socket] = []
@@ -2673,19 +2633,20 @@ def main(argv: Sequence[str] | None = None) -> int:
     words = list(sys.argv[1:] if argv is None else argv)
     # Known before the options are read: a client is to be told of mistakes in them.
     inetd = any(word.partition("=")[0] in ("--ine", "--inet", "--inetd") for word in words)
-    log = _Log(None, _open_stderr(inetd))
+    stderr = _open_stderr(inetd)
+    log = _Log(None, stderr)
     try:
         import argparse
         options = argparse.Namespace(log="none", debug=False)
         try:
             try:
-                _settle(inetd)
+                _settle(stderr is None)
             finally:        # for the log, which may have been named before the mistake
                 _read_options(words, options)
         except (_StartError, OSError):
-            log = _open_log(options, inetd)
+            log = _open_log(options, stderr)
             raise
-        log = _open_log(options, inetd)
+        log = _open_log(options, stderr)
         return (_run_inetd if inetd else _run_daemon)(options, log)
     except SystemExit as end:           # --help or --version was asked for
         return int(end.code or 0)
@@ -2695,22 +2656,22 @@ def main(argv: Sequence[str] | None = None) -> int:
         log.error("internal error", exc_info=True)
         log.refuse("internal error: " + _why(error), inetd)
     if inetd:
-        try:
+        with contextlib.suppress(OSError):      # the client may have left
             os.write(1, b"421 4.3.0 Cannot start; the log, if there is one, says why\r\n")
-        except OSError:     # the client has left
-            pass
     return 3
 
 
-def _settle(inetd: bool) -> None:
-    """Put in order what commands inherit: descriptors 0 to 2, PATH, signals."""
+def _settle(mute: bool) -> None:
+    """Put in order what commands inherit: descriptors 0 to 2, PATH, signals.
+
+    mute: whether standard error is not for our words: closed, or the client, as under inetd.
+    """
     for descriptor in range(3):
         try:
             os.fstat(descriptor)
         except OSError:         # closed, so the next file opened would take its place
             os.set_inheritable(os.open(os.devnull, os.O_RDWR), True)
-    # Under inetd standard error is the client, too, and what is written there is not meant for it.
-    if inetd and _is_client(2):
+    if mute:
         null = os.open(os.devnull, os.O_RDWR)
         os.dup2(null, 2)
         os.close(null)
@@ -2857,20 +2818,13 @@ def _size(value: str) -> int:
     return int(match.group(1)) * factor
 
 
-def _open_log(options: argparse.Namespace, inetd: bool) -> _Log:
+def _open_log(options: argparse.Namespace, stderr: TextIO | None) -> _Log:
     """The log that --log names. Raises _StartError where it cannot be opened."""
     target = options.log
     if target == "none":
-        return _Log(None, _open_stderr(inetd))
+        return _Log(None, stderr)
     import logging
     import logging.handlers
-
-    class LowerCase(logging.Formatter):
-        """Knows two levels, "info" and "error"."""
-
-        def format(self, record: logging.LogRecord) -> str:
-            record.level = "error" if record.levelno >= logging.ERROR else "info"
-            return super().format(record)
 
     class File(logging.handlers.WatchedFileHandler):
         """Opened anew once it was rotated; may be a pipe that nobody reads."""
@@ -2887,14 +2841,14 @@ def _open_log(options: argparse.Namespace, inetd: bool) -> _Log:
                 syslog.syslog(priority, line.replace("\0", "?"))
 
     handler: logging.Handler
-    form = "%(asctime)s msmtpd[%(process)d] %(level)s: %(message)s"
+    form = "%(asctime)s msmtpd[%(process)d] %(levelname)s: %(message)s"
     if target == "syslog":
         try:
             import syslog
         except ImportError:
             raise _StartError("this system has no syslog; use --log=FILE") from None
         syslog.openlog("msmtpd", syslog.LOG_PID, syslog.LOG_MAIL)
-        handler, form = Syslog(), "%(level)s: %(message)s"
+        handler, form = Syslog(), "%(levelname)s: %(message)s"
     elif target == "-":
         handler = logging.StreamHandler(_open_stream(2))
     else:
@@ -2904,13 +2858,16 @@ def _open_log(options: argparse.Namespace, inetd: bool) -> _Log:
             hint = "; --log=- is standard error" if target.startswith("/dev/") else ""
             raise _StartError("cannot open the log %s: %s%s"
                               % (target, error.strerror, hint)) from None
-    handler.setFormatter(LowerCase(form, "%Y-%m-%d %H:%M:%S"))
+    for level in (logging.DEBUG, logging.INFO):
+        logging.addLevelName(level, "info")
+    logging.addLevelName(logging.ERROR, "error")
+    handler.setFormatter(logging.Formatter(form, "%Y-%m-%d %H:%M:%S"))
     logging.raiseExceptions = False     # a log that fails must not fill standard error
     logger = logging.getLogger("msmtpd")
     logger.handlers[:] = [handler]
     logger.propagate = False
     logger.setLevel(logging.DEBUG if options.debug else logging.INFO)
-    return _Log(logger, None if target == "-" else _open_stderr(inetd))
+    return _Log(logger, None if target == "-" else stderr)
 
 
 def _find_password(user: str, command: str, inetd: bool) -> str:
@@ -3059,15 +3016,16 @@ def _make_server(options: argparse.Namespace, log: _Log,
 
 def _run_inetd(options: argparse.Namespace, log: _Log) -> int:
     """Serve one client on standard input and output."""
+    os.environ.pop("NOTIFY_SOCKET", None)
     connection, peer = _standard_streams()
     if options.tls_cert_file and isinstance(connection, _Descriptors):
         raise _StartError("TLS needs a socket as standard input and output")
     server, command = _make_server(options, log, os.open(os.devnull, os.O_WRONLY))
     slots = _Slots()
     _stop_by_signal(slots.stop, command, options)
-    # Always late, since no memory of failures outlives this process.
-    authenticator = server._new_authenticator(always_late=True)
-    return 0 if server._new_session(connection, slots, authenticator, peer)._run() else 1
+    if options.auth:    # always late, since no memory of failures outlives this process
+        server._settings.authenticator.always_late = True
+    return 0 if server._new_session(connection, slots, peer)._run() else 1
 
 
 def _run_daemon(options: argparse.Namespace, log: _Log) -> int:
@@ -3075,28 +3033,33 @@ def _run_daemon(options: argparse.Namespace, log: _Log) -> int:
     import gc
     notify = os.environ.pop("NOTIFY_SOCKET", "")
     server, command = _make_server(options, log, None)
-    _start_server(server, options)
-    _stop_by_signal(server._drain, command, options)
-    if not os.isatty(2):        # or else SIGHUP ends the server
-        _reload_by_signal(server, log, options)
+    service = _start_server(server, options)
+    _stop_by_signal(service.drain, command, options)
+    asked: list[int] = []
+    if not os.isatty(2) and signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:
+        signal.signal(signal.SIGHUP, lambda number, frame: asked.append(number))
     on_terminal = os.isatty(2) and options.log != "-"
     _announce(server, log, options, on_terminal)
     gc.freeze()         # what is there now stays: the collector need not look through it each time
     _notify(notify, b"READY=1")
-    assert server._service is not None
-    server._service.wait()
+    while not service.wait():
+        if asked:
+            asked.clear()       # first, since what comes from now on asks for another time
+            _reload(server, log, options)
     _notify(notify, b"STOPPING=1")
     if on_terminal:
         log.tell("stopping once the mails under way are delivered; Ctrl-C again stops at once")
-    server.serve_forever()
+    service.join()
     log.info("stopped")
     return 0
 
 
-def _start_server(server: Server, options: argparse.Namespace) -> None:
-    """Start the server. Raises _StartError, with a hint at what to do about it."""
+def _start_server(server: Server, options: argparse.Namespace) -> _Service:
+    """Start the server; return what serves. Raises _StartError, which hints at what to do."""
     try:
         server.start()
+        assert server._service is not None
+        return server._service
     except (OSError, RuntimeError, MemoryError) as error:
         number = getattr(error, "errno", None) or 0
         others = {"::": "0.0.0.0", "::1": "127.0.0.1", "0.0.0.0": "::"}
@@ -3159,32 +3122,16 @@ def _stop_by_signal(drain: Callable[[float, float], None], command: Command,
             signal.signal(number, stop)
 
 
-def _reload_by_signal(server: Server, log: _Log, options: argparse.Namespace) -> None:
-    """Let SIGHUP reopen the log and load the certificate anew."""
-    asked = busy = False
-
-    def reload() -> None:
-        log.info("SIGHUP")      # which makes the log notice that its file was moved
-        if not options.tls_cert_file:
-            return
-        try:    # not into the context in use: OpenSSL forbids that, and the new may be unfit
-            server.tls = _tls_context(options.tls_cert_file, options.tls_key_file)
-            log.info("loaded the certificate anew")
-        except _StartError as error:
-            log.error("kept the certificate: %s", error)
-
-    def handle(number: int, frame: object) -> None:
-        nonlocal asked, busy
-        asked = True
-        if busy:        # this signal has interrupted the handling of another, which sees to it
-            return
-        busy = True
-        while asked:
-            asked = False
-            reload()
-        busy = False
-    if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:
-        signal.signal(signal.SIGHUP, handle)
+def _reload(server: Server, log: _Log, options: argparse.Namespace) -> None:
+    """What SIGHUP asks for: open the log and load the certificate anew."""
+    log.info("SIGHUP")      # which makes the log notice that its file was moved
+    if not options.tls_cert_file:
+        return
+    try:    # not into the context in use: OpenSSL forbids that, and the new may be unfit
+        server.tls = _tls_context(options.tls_cert_file, options.tls_key_file)
+        log.info("loaded the certificate anew")
+    except _StartError as error:
+        log.error("kept the certificate: %s", error)
 
 
 def _inherited_sockets(inetd: bool) -> list[socket.socket]:
@@ -3214,11 +3161,9 @@ def _notify(address: str, state: bytes) -> None:
     if not address:
         return
     import socket
-    try:
-        with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as notification:
-            notification.sendto(state, "\0" + address[1:] if address[0] == "@" else address)
-    except OSError:
-        pass
+    with contextlib.suppress(OSError), socket.socket(
+            socket.AF_UNIX, socket.SOCK_DGRAM) as notification:
+        notification.sendto(state, "\0" + address[1:] if address[0] == "@" else address)
 
 
 if __name__ == "__main__":

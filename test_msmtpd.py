@@ -55,7 +55,6 @@ import traceback
 import types
 import unittest
 import warnings
-import zipfile
 from unittest import mock
 
 import msmtpd
@@ -236,7 +235,7 @@ class ServerCase(Case):
     def send_one(self, server, data="Subject: hi\r\n\r\nhi\r\n", sender="a@example.org",
                  recipients=("b@example.org",)):
         """Send one mail as a program would, by smtplib; what is refused raises."""
-        with smtplib.SMTP(server.host, server.port, timeout=PATIENCE) as client:
+        with smtplib.SMTP(server.host, server.port, "client.example", PATIENCE) as client:
             return client.sendmail(sender, recipients, data)
 
     def check_dialogue(self, text, **options):
@@ -474,38 +473,20 @@ class WireCase(ServerCase):
         return path
 
 
-# Values
+# Replies
 
-class Values(unittest.TestCase):
-    """Replies: RFC 5321 4.2, RFC 2034; mails made by a caller."""
+class Replies(unittest.TestCase):
+    """RFC 5321 4.2 and RFC 2034."""
 
-    def test_form_of_replies(self):
+    def test_form(self):
         for reply, expected in (
-                (msmtpd.Reply(250, "2.0.0", "Fine"), b"250 2.0.0 Fine\r\n"),
                 (msmtpd.Reply(250, "", "a", "b"), b"250-a\r\n250 b\r\n"),
                 (msmtpd.Reply(554, "5.3.0", "a", "b"), b"554-5.3.0 a\r\n554 5.3.0 b\r\n"),
                 (msmtpd.Reply(334, "", ""), b"334 \r\n"),
-                (msmtpd.Reply(250, "", "a-b", "c-d-e"), b"250-a-b\r\n250 c-d-e\r\n"),
                 (msmtpd.Reply(451, "4.3.0", "a\r\nb\0\u00fc\t"), b"451 4.3.0 a  b?? \r\n"),
                 (msmtpd.Reply(451, "4.3.0", "a\r\n250 b"), b"451 4.3.0 a  250 b\r\n"),
                 (msmtpd.Reply(250, "2.0.0", "x" * 1000), b"250 2.0.0 %s\r\n" % (b"x" * 500))):
             self.assertEqual(bytes(reply), expected)
-
-    def test_replies_may_be_changed_until_they_are_sent(self):
-        reply = msmtpd.Reply(250, "", "localhost", "PIPELINING", "SMTPUTF8")
-        self.assertEqual(bytes(reply), b"250-localhost\r\n250-PIPELINING\r\n250 SMTPUTF8\r\n")
-        reply.lines = [line for line in reply.lines if line != "PIPELINING"]
-        self.assertEqual(bytes(reply), b"250-localhost\r\n250 SMTPUTF8\r\n")
-
-    def test_defaults_of_a_mail(self):
-        mail, other = msmtpd.Mail("a@b"), msmtpd.Mail("a@b")
-        self.assertEqual(
-            (mail.sender, mail.recipients, mail.data, mail.size, mail.file.read(), mail.peer,
-             mail.helo, mail.user, mail.tls, mail.smtputf8, mail.mail_options, mail.rcpt_options),
-            ("a@b", [], b"", 0, b"", msmtpd.Peer("", None), "", None, False, False, [], []))
-        for name in ("recipients", "mail_options", "rcpt_options"):
-            getattr(mail, name).append("x")
-            self.assertEqual(getattr(other, name), [], name)
 
 
 # Grammar
@@ -515,8 +496,7 @@ class Paths(WireCase):
 
     GOOD = (
         "<a@example.org>", " <a@example.org>", "\t<a@example.org>", " \t a@example.org\t",
-        "a@example.org", "root", "<Postmaster>", "<a@[192.0.2.1]>", "<a@[0.0.0.255]>",
-        "<a@[IPv6:2001:db8::1]>", "<a@[ipv6:::1]>", "<a@[IPv6:::ffff:192.0.2.1]>",
+        "root", "<Postmaster>", "<a@[192.0.2.1]>", "<a@[IPv6:2001:db8::1]>", "<a@[ipv6:::1]>",
         '<"a b"@example.org>', r'<"a\"> b"@example.org>', r'<"a\ \"\\"@c>', '<"a@b"@c>',
         "<.a..b.@example.org>", "<a@my_host>", "<a@xn--bcher-kva.example>", "<a@b.example.>",
         "<root@host->", "<a@b-.example>", "<a@b-.>", "a@b--.c-.", "<o'brien+tag@example.org>",
@@ -540,9 +520,8 @@ class Paths(WireCase):
         "<@x.example:a:b@d.example>", "<@x.example,@y.example:a:b@d.example>", "<@x.example:>",
         "<@r.example:-a@b>", "<@x.example:a@b:c@d.example>", "<@x.example,a@b>", "<@:a@b>",
         # An address literal is an address: RFC 5321 4.1.3.
-        "<a@[1.2.3]>", "<a@[1.2.3.4.5]>", "<a@[256.1.1.1]>", "<a@[1.2.3.4>", "<a@[]>", "<a@[::1]>",
-        "<a@[IPv6:xyz]>", "<a@[IPv6:1::2::3]>", "<a@[IPv6:1:2:3:4:5:6:7]>", "<a@[IPv6:1.2.3.4]>",
-        "<a@[IPv6:]>", "<a@[x:y]>", "<a@[x-tag:some/thing]>", "<a@[192.0.2.1].b>",
+        "<a@[1.2.3]>", "<a@[256.1.1.1]>", "<a@[1.2.3.4>", "<a@[]>", "<a@[::1]>", "<a@[IPv6:]>",
+        "<a@[IPv6:1::2::3]>", "<a@[IPv6:1.2.3.4]>", "<a@[x:y]>", "<a@[192.0.2.1].b>",
         # What nobody can see.
         "<a\u2028b@c>", "<a\xa0b@c>", "<a\u202eb@c>", "<a\u200db@c>", "<a@\u200c>",
         "<a@b\u200d.c>", "<\u200c@b>",
@@ -734,10 +713,8 @@ class Dialogues(WireCase):
             DATA -> 503 5.5.1
             RCPT TO:<c@d> -> 250
             RSET -> 250
-            DATA -> 503 5.5.1
             MAIL FROM:<a@b> -> 250
             HELO again -> 250
-            RCPT TO:<c@d> -> 503 5.5.1
             MAIL FROM:<a@b> -> 250
             RCPT TO:<c@d> -> 250
             RSET foo -> 501 5.5.4
@@ -792,41 +769,17 @@ class Dialogues(WireCase):
         self.assertEqual((mails[0].mail_options, mails[0].rcpt_options),
                          (["SIZE=3", "BODY=8BITMIME"], ["NOTIFY=NEVER"]))
 
-    def test_blanks_tabs_and_crs_around_the_responses_of_auth(self):
-        both = base64.b64encode(b"\0joe\0secret").decode()
-        server = self.serve(authenticate=lambda *given: given == ("joe", "secret"))
-        for pairs in (
-                [("AUTH PLAIN " + both + "\t", "235")], [("\tAUTH\tPLAIN\t" + both, "235")],
-                [("AUTH PLAIN\t", "334"), (both + " ", "235")],
-                [("AUTH PLAIN\r", "334"), ("\t" + both + "\t\r", "235")],
-                [("AUTH LOGIN \r", "334"), ("am9l \t", "334 UGF"), (" c2VjcmV0\r\r", "235")],
-                [("AUTH LOGIN\tam9l\t", "334 UGF"), ("c2VjcmV0\t", "235")],
-                [("AUTH PLAIN", "334"), ("* \t\r", "501")]):
-            with self.subTest(pairs), Client(server) as client:
-                client.open()
-                self.check(client, *pairs)
-
     def test_smtputf8(self):
-        mails = self.check_dialogue(dialogue("""
+        self.check_dialogue(dialogue("""
             HELO x -> 250
             MAIL FROM:<\\xc3\\xbc@b> -> 553 5.6.7
             MAIL FROM:<a@b> -> 250
             RCPT TO:<\\xc3\\xbc@d> -> 553 5.6.7
             RSET -> 250
             MAIL FROM:<\\xc3\\xbc@b> SMTPUTF8 -> 250
-            RCPT TO:<\\xc3\\xa9@d> -> 250
-            DATA -> 354
-            . -> 250
+            RCPT TO:<\\xc3\\xbc@d> -> 250
             QUIT -> 221 2.0.0 Goodbye
             """))
-        self.assertEqual((mails[0].sender, mails[0].recipients), ("\u00fc@b", ["\u00e9@d"]))
-
-    @unittest.skipUnless(ssl, "no ssl")
-    def test_mail_before_starttls_is_told_to_say_that_first(self):
-        for tls, words in ((ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER), ".*STARTTLS"),
-                           (None, "(?!.*STARTTLS)")):
-            with Client(self.serve(tls=tls, authenticate=lambda *given: True)) as client:
-                self.assertRegex(client.open("MAIL FROM:<a@b>"), "530 5.7.0 " + words)
 
     def test_ten_errors_end_the_session(self):
         for line, begin in (("FROB", "500 5.5.1"), ("MAIL", "501 5.5.2"), ("RSET x", "501 5.5.4"),
@@ -864,14 +817,6 @@ class Dialogues(WireCase):
             QUIT -> 221 2.0.0 Goodbye
             """))
         self.assertEqual([mail.sender for mail in mails], ["good@b.example"])
-
-    def test_bdat_ends_the_session(self):
-        self.check_dialogue(dialogue("""
-            HELO x -> 250
-            MAIL FROM:<a@b> -> 250
-            RCPT TO:<c@d> -> 250
-            BDAT 6 LAST -> 503 5.5.1
-            """))
 
     def test_long_lines(self):
         self.check_dialogue(dialogue("""
@@ -1080,7 +1025,7 @@ class MailData(WireCase):
         started = time.process_time()
         with Packets(self.serve_packets()) as client:
             client.open()
-            for size, step in (65536, 4096), (8 << 20, 1024):
+            for size, step in (65536, 4096), (4 << 20, 1024):
                 for rest, expected in (
                         (b".\r\n" + SECOND, b"a%s.\n%s" % (b" " * size, SECOND_TEXT)),
                         (b"\nb\r\n", b"a\nb\n"), (b"b\r\n", b"a%sb\n" % (b" " * size))):
@@ -1234,13 +1179,6 @@ class CutAnywhere(WireCase):
                 self.assertEqual(self.cut(leave, reads), [0] * (len(TRANSACTION) + 1) + [1])
                 self.assertEqual([mail.data for mail in self.mails], [CUT_DATA])
 
-    def test_half_closed_connections_get_their_replies(self):
-        with Client(self.serve()) as client:
-            client.send(TRANSACTION + "NOOP")
-            client.socket.shutdown(socket.SHUT_WR)
-            self.assertTrue(client.rest().endswith("\r\n250 2.0.0 Delivered\r\n"))
-        self.assertEqual([mail.data for mail in self.mails], [CUT_DATA])
-
     def test_pieces_do_not_change_the_outcome(self):
         whole = TRANSACTION.encode() * 2 + b"QUIT\r\n"
         rng = random.Random(5321)
@@ -1263,9 +1201,7 @@ NO_ENDS = [
     (b"\r.\r", b" . "), (b"\r\n.\r", b"\n "), (b"\r.\r\n", b" .\n"), (b"\r.\n", b" .\n"),
     (b"\n.\r", b"\n "), (b"\r\n\0.\r\n", b"\n\0.\n"), (b"\r\n.\0\r\n", b"\n\0\n"),
     (b"\r\n.\r\0\n", b"\n \0\n"), (b"\r\0\n.\r\n", b" \0\n\n"), (b"\r\n. \r\n", b"\n \n"),
-    (b"\r\n .\r\n", b"\n .\n"), (b"\r\n..\r\n", b"\n.\n"), (b"\n\n.\n\n", b"\n\n\n\n"),
-    (b"\r\n.\t\r\n", b"\n\t\n"), (b"\r\n\xe2\x80\x8b.\r\n", b"\n\xe2\x80\x8b.\n"),
-    (b"\x85.\x85", b"\x85.\x85"),
+    (b"\r\n .\r\n", b"\n .\n"), (b"\r\n..\r\n", b"\n.\n"), (b"\r\n.\t\r\n", b"\n\t\n"),
     (b"\r\n.\r\r\n", b"\n\n"), (b"\r\r\n.\n", b"\n\n"), (b"\r\r\n.\r\r\n", b"\n\n"),
     (b"\n.\r\r\n", b"\n\n"), (b"\r\r.\r\r\n", b"  .\n"), (b"\r\r\n.\r", b"\n "),
     (b"\r\n\r.\r\n", b"\n .\n"), (b"\r\n.\r\r\r\n", b"\n\n"), (b"\r\r\n.\r\0\r\n", b"\n \0\n"),
@@ -1335,6 +1271,7 @@ FOREIGN = [     # what comes, what is answered last, what the log says
     (bytes(range(128, 256)) * 600, "421 4.5.2 ", "endless line"),
     (b"\0" * 66000, "421 4.5.2 ", "endless line"),
     (b"\x80\r\n\xff\n" * 6 + MAIL_IN_HTTP.encode(), "421 4.7.0 ", "closed: "),
+    (b"HELO x\r\n" + HEAD[:-6] + b"BDAT 9 LAST\r\n" + MAIL_IN_HTTP.encode(), "503 5.5.1 ", "BDAT"),
 ]
 
 
@@ -1366,31 +1303,22 @@ class CrossProtocol(WireCase, ProgramCase):
 class Devices(ServerCase):
     """Clients that cannot be had for a test, in the dialogues that they hold."""
 
-    MAIL = """
-        AUTH LOGIN -> 334 VXNlcm5hbWU6
-        am9l -> 334 UGFzc3dvcmQ6
-        c2VjcmV0 -> 235 2.7.0 Authenticated
-        MAIL FROM: <a@example.org> -> 250 2.1.0
-        RCPT TO:b@example.org -> 250 2.1.5
-        DATA -> 354
-        Subject: scan\\r\\n\\r\\nSee attachment\\r\\n. -> 250 2.0.0 Delivered
-        QUIT -> 221 2.0.0 Goodbye"""
-
-    def check_device(self, greetings):
-        """Hold a dialogue that begins so, and look at the mail."""
-        mail, = self.check_dialogue(dialogue(greetings + self.MAIL),
-                                    authenticate=lambda *given: given == ("joe", "secret"))
-        self.assertEqual((mail.sender, mail.recipients, mail.data, mail.user),
-                         ("a@example.org", ["b@example.org"],
-                          b"Subject: scan\n\nSee attachment\n", "joe"))
-
     def test_camera_says_ehlo_then_helo_then_auth(self):
-        self.check_device("""
+        mail, = self.check_dialogue(dialogue("""
             EHLO IP CAMERA -> 250-localhost|250-|250-|250-|250-|250-|250 AUTH PLAIN LOGIN
-            HELO IP CAMERA -> 250 localhost""")
-
-    def test_microcontroller_says_helo_only(self):
-        self.check_device("HELO -> 250 localhost")
+            HELO IP CAMERA -> 250 localhost
+            AUTH LOGIN -> 334 VXNlcm5hbWU6
+            am9l -> 334 UGFzc3dvcmQ6
+            c2VjcmV0 -> 235 2.7.0 Authenticated
+            MAIL FROM: <a@example.org> -> 250 2.1.0
+            RCPT TO:b@example.org -> 250 2.1.5
+            DATA -> 354
+            Subject: scan\\r\\n\\r\\nSee attachment\\r\\n. -> 250 2.0.0 Delivered
+            QUIT -> 221 2.0.0 Goodbye
+            """), authenticate=lambda *given: given == ("joe", "secret"))
+        self.assertEqual(vars_of(mail), (
+            "a@example.org", ["b@example.org"], b"Subject: scan\n\nSee attachment\n", "IP CAMERA",
+            "joe", False))
 
 
 # The command
@@ -1664,8 +1592,7 @@ class Delivery(CommandCase):
 
         def run():
             if os.geteuid() == 0:
-                os.setgid(65534)
-                os.setuid(65534)
+                os.setuid(20000 + os.getpid() % 40000)      # one who has no other pipes
             hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
             resource.setrlimit(resource.RLIMIT_NOFILE, (min(2 * number + 100, hard), hard))
             pipes = [os.pipe() for _ in range(number)]
@@ -1773,6 +1700,18 @@ class Delivery(CommandCase):
             time.sleep(max(0, end - time.monotonic()))
             process.send_signal(signal.SIGCONT)
             self.assertEqual(client.reply()[0][:9], "250 2.0.0")
+
+    def test_no_error_of_waiting_makes_a_failure(self):
+        """Here of pidfd_open, which gets no descriptor, and of poll, which may watch none."""
+        script = self.script("late", "#!/bin/sh\nsleep 0.1\nexit 0\n")
+        command = msmtpd.Command(script)
+        at_once(int, "1")       # the first thread to end loads a library, in Python 3.8
+        pipe = self.delay_start(script, 0.1)
+        with concurrent.futures.ThreadPoolExecutor(1) as pool:
+            running = pool.submit(self.run_command, command)
+            os.read(pipe, 6)
+            with soft_limit(resource.RLIMIT_NOFILE, 0):
+                self.assertEqual(running.result(), (None, "exit=0"))
 
     def test_an_interrupted_delivery_ends_its_command(self):
         def interrupt(number, frame):
@@ -2526,31 +2465,6 @@ class Injection(ProgramCase):
 
 # The library
 
-def needs(package):
-    return unittest.skipUnless(importlib.util.find_spec(package), "no " + package)
-
-
-def is_open(descriptor):
-    try:
-        return bool(os.fstat(descriptor))
-    except OSError:
-        return False
-
-
-def open_descriptors():
-    """How many descriptors this process has open."""
-    return sum(map(is_open, range(256)))
-
-
-def is_refused(server):
-    """Whether the server has ceased to listen."""
-    try:
-        Client(server).close()
-    except OSError:
-        return True
-    return False
-
-
 class LibraryCase(ServerCase):
     """Tests of msmtpd.Server, each of which leaves no thread of a server's."""
 
@@ -2592,10 +2506,10 @@ class LibraryCase(ServerCase):
         self.assertEqual(client.data()[:3], "354")
         return client
 
-    def sender(self, server, mail="x"):
+    def sender(self, server):
         """A client that has sent a mail, and not yet read the reply."""
         client = self.in_data(server)
-        client.send(mail + "\r\n.\r\n")
+        client.send("x\r\n.\r\n")
         return client
 
     def check_replies(self, table, handler=lambda deliver: deliver, **options):
@@ -2604,6 +2518,7 @@ class LibraryCase(ServerCase):
             if isinstance(outcome, BaseException):
                 raise outcome
             return outcome
+        self.limit(MAX_ERRORS=3)        # what `deliver` refuses is none of the client's
         with msmtpd.Server(handler(deliver), **options) as server, Client(server) as client:
             client.open()
             for outcome, reply in table:
@@ -2627,14 +2542,13 @@ class StartingAServer(LibraryCase):
 
     @unittest.skipUnless(ssl, "no module ssl")
     def test_nor_is_a_context_taken_that_no_server_can_use(self):
-        context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+        context, client_s = map(ssl.SSLContext, (ssl.PROTOCOL_TLS_SERVER, ssl.PROTOCOL_TLS_CLIENT))
         server = msmtpd.Server(print, tls=context)
-        for wrong in True, None, ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT):
+        for wrong in True, client_s, None:      # by which AUTH would be offered in plain text
             with self.subTest(wrong), self.assertRaisesRegex(ValueError, r"\btls\b"):
-                server.tls = wrong      # None: AUTH would be offered in plain text
-            if wrong:
-                with self.subTest(wrong), self.assertRaisesRegex(ValueError, r"\btls\b"):
-                    msmtpd.Server(print, tls=wrong)
+                server.tls = wrong
+        with self.assertRaisesRegex(ValueError, r"\btls\b"):
+            msmtpd.Server(print, tls=client_s)
         self.assertIs(server.tls, context)
 
     def test_host_and_port_are_known_when_start_returns(self):
@@ -2647,7 +2561,6 @@ class StartingAServer(LibraryCase):
                 self.assertEqual([peer.host for peer in server.addresses], hosts)
                 self.assertEqual((server.host, server.port), tuple(server.addresses[0]))
                 for address in server.addresses:
-                    self.assertTrue(0 < address.port < 65536)
                     with Client(tuple(address)) as client:
                         self.assertEqual(client.line(), "220 localhost ESMTP msmtpd")
                 server.stop()
@@ -2666,25 +2579,8 @@ class StartingAServer(LibraryCase):
                     server.stop()
                     self.assertEqual((self.more_threads(), open_descriptors()), (0, descriptors))
 
-    def test_one_that_finds_no_descriptor_or_no_thread_leaves_nothing(self):
-        server, kept = msmtpd.Server(print), []
-        with server:        # has loaded what it needs
-            pass
-        descriptors = open_descriptors()
-        free = [number for number in range(256) if not is_open(number)]
-        limits = resource.getrlimit(resource.RLIMIT_NOFILE)
-        for room in itertools.count():
-            resource.setrlimit(resource.RLIMIT_NOFILE, (free[room], limits[1]))
-            try:
-                server.start()
-                break
-            except OSError as error:
-                kept.append(error)      # as a log may keep it, with all that its traceback holds
-            finally:
-                resource.setrlimit(resource.RLIMIT_NOFILE, limits)
-            self.assertEqual((self.more_threads(), open_descriptors()), (0, descriptors))
-        server.stop()
-        self.assertTrue(kept)
+    def test_one_that_finds_no_thread_leaves_nothing(self):
+        server, descriptors = msmtpd.Server(print), open_descriptors()
         self.addCleanup(threading.stack_size, threading.stack_size(1 << 40))    # no system has it
         with self.assertRaises((RuntimeError, MemoryError)):
             server.start()
@@ -2699,7 +2595,7 @@ class StartingAServer(LibraryCase):
                 server.start()
             with server, Client(server) as client:      # a block for one that is started
                 self.assertEqual(client.open(), "250-localhost")
-            self.assertTrue(is_refused(server))
+            self.assertFalse(can_connect(server.port))
             server.stop()
 
     def test_of_two_at_the_same_moment_one_is_refused_and_none_leaves_anything(self):
@@ -2709,15 +2605,13 @@ class StartingAServer(LibraryCase):
                 return server.start()
             except RuntimeError:
                 return "refused"
-        mails, port = [], 0
-        for number in range(40):
+        descriptors, mails, port = open_descriptors(), [], 0
+        for _ in range(40):
             server, together = msmtpd.Server(mails.append, port=port), threading.Barrier(2)
             self.assertCountEqual(at_once(start, [server] * 2), [None, "refused"])
             port = server.port
             self.send_one(server)
             server.stop()
-            if number == 0:
-                descriptors = open_descriptors()
             self.assertEqual((self.more_threads(), open_descriptors()), (0, descriptors))
         self.assertEqual(len(mails), 40)
 
@@ -2739,26 +2633,22 @@ class StoppingAServer(LibraryCase):
         self.wait_for_stuck()
         with self.assertLogs("msmtpd", "ERROR") as log:
             began, ended = time.monotonic(), []
-            stopping = self.thread(server.stop, 0.6)
+            stopping = self.thread(server.stop, 0.2)
             for client in new, idle, mute:
                 self.assertEqual(client.rest().splitlines()[-1:], ["421 4.3.2 Shutting down"])
                 ended.append(time.monotonic() - began)
             self.join(stopping)
-        self.assertTrue(ended[1] < 0.5 < ended[2] < time.monotonic() - began < 1.8, ended)
-        self.assertEqual(len(log.output), 1, log.output)
-        self.assertIn("left behind: 1 session", log.output[0])
+        self.assertTrue(ended[1] < 0.2 <= ended[2] < 0.5, ended)
+        self.assertTrue(0.7 <= time.monotonic() - began < 1.4)
+        self.assertRegex("\n".join(log.output), r"\A.*:left behind: 1 session.*\Z")
         self.assertEqual(self.more_threads(), 1)
-        with warnings.catch_warnings(record=True) as caught:
-            warnings.simplefilter("always", ResourceWarning)
-            server.start()      # which it does not disturb
-            self.release.set()
-            self.assertEqual(stuck.line(), "250 2.0.0 Delivered")
-            for client in [self.client(server) for _ in range(4)]:
-                self.assertEqual(client.line(), "220 localhost ESMTP msmtpd")
-            self.doCleanups()   # the clients, the server, and that all threads end
-            del self.mails[:]
-            gc.collect()
-        self.assertEqual([str(each.message) for each in caught], [])
+        server.start()      # which it does not disturb
+        self.release.set()
+        self.assertEqual(stuck.line(), "250 2.0.0 Delivered")
+        for client in [self.client(server) for _ in range(4)]:
+            self.assertEqual(client.line(), "220 localhost ESMTP msmtpd")
+        self.doCleanups()   # the clients, the server, and that all threads end
+        gc.collect()
         self.assertEqual(open_descriptors(), descriptors)
 
     def test_clients_that_never_pause(self):
@@ -2766,7 +2656,7 @@ class StoppingAServer(LibraryCase):
             with contextlib.suppress(ConnectionError):
                 while True:
                     client.send((line + "\r\n") * 10000)
-        for grace, seconds in ((PATIENCE, 0.0), (0.3, 0.3)):
+        for grace, seconds in ((PATIENCE, 0.0), (0.1, 0.1)):
             server = self.serve()
             client = self.in_data(server) if seconds else self.client(server)
             talking = [self.thread(talk, client, "NOOP"), self.thread(client.rest)]
@@ -2777,40 +2667,39 @@ class StoppingAServer(LibraryCase):
                 self.join(thread)
 
     def test_a_further_one_can_shorten_the_grace_and_not_lengthen_it(self):
-        for graces in ((PATIENCE, 0.1), (0.1, PATIENCE)):
-            self.release.clear()
-            server = self.serve(self.stuck)
-            client, _ = self.in_data(server), self.sender(server)
-            self.wait_for_stuck()
-            with self.assertLogs("msmtpd", "ERROR"):
-                began = time.monotonic()
-                first = self.thread(server.stop, graces[0])
-                wait_for(lambda: is_refused(server), "the stop to begin")
-                self.join(self.thread(server.stop, graces[1]))
-                self.assertEqual(client.rest(), "421 4.3.2 Shutting down\r\n")
-                self.join(first)
+        def stop_twice(case):
+            server, client, graces = case
+            began = time.monotonic()
+            first = self.thread(server.stop, graces[0])
+            wait_for(lambda: not can_connect(server.port), "the stop to begin")
+            self.join(self.thread(server.stop, graces[1]))
+            self.assertEqual(client.rest(), "421 4.3.2 Shutting down\r\n")
+            self.join(first)
             self.assertLess(time.monotonic() - began, PATIENCE / 4)
-            self.release.set()
+        cases = []
+        for graces in (PATIENCE, 0.0), (0.0, PATIENCE):
+            server = self.serve(self.stuck)
+            self.sender(server)
+            self.wait_for_stuck()
+            cases.append((server, self.in_data(server), graces))
+        with self.assertLogs("msmtpd", "ERROR"):
+            at_once(stop_twice, cases)
+        self.release.set()
 
     def test_grace_is_for_those_who_send(self):
-        self.limit(TURN=0.1)
-        server = self.serve(timeout=0.3)
+        self.limit(TURN=0.05)
+        server = self.serve(timeout=0.1)
         client = self.in_data(server)
         self.stop_in_time(server, PATIENCE, seconds=PATIENCE / 2)
         self.assertEqual(client.rest()[:9], "421 4.4.2")
 
-    def test_clients_that_wait_for_a_place_or_linger(self):
+    def test_clients_that_wait_for_a_place(self):
         server = self.serve(max_sessions=1)
         first, second = self.client(server), self.client(server)
         first.open()        # and so takes the only one
         self.stop_in_time(server)
         self.assertEqual(first.rest().splitlines()[-1], "421 4.3.2 Shutting down")
         self.assertEqual(second.rest() or "", "")
-        server = self.serve()
-        client = self.client(server)
-        client.send("FROB\r\n" * 10)
-        self.assertEqual(client.rest()[-27:], "421 4.7.0 Too many errors\r\n")
-        self.stop_in_time(server)       # with the client still there
 
     def test_no_listener_is_closed_in_the_middle_of_an_accept(self):
         """Or else that might accept from whatever gets the number of its descriptor.
@@ -2849,38 +2738,21 @@ class StoppingAServer(LibraryCase):
         server = self.serve()
         client = self.client(server)
         client.open()
-        with contextlib.suppress(socket.timeout):
-            client.socket.settimeout(0.2)       # longer than that
-            client.socket.recv(1)
-        client.socket.settimeout(PATIENCE)
+        self.assertFalse(select.select([client.socket], [], [], 0.15)[0])   # longer than that
         self.stop_in_time(server)
-        self.assertEqual(client.socket.recv(99), b"421 4.3.2 Shutting down\r\n")
+        self.assertEqual(client.line(), "421 4.3.2 Shutting down")
 
-    def test_while_a_mail_is_delivered_clients_have_a_moment_for_their_next_verb(self):
-        """Where 250 and 421 came in one packet, smtplib would raise, and its mail be sent again."""
-        self.limit(PARTING_TIMEOUT=0.7, TURN=0.1)
+    def test_while_a_mail_is_delivered_the_client_has_a_moment_to_quit(self):
+        """Or else smtplib would raise at the end of its `with`, and its mail be sent again."""
         server = self.serve(self.stuck)
-        late = self.in_data(server)
-        quick, quitter, talker, silent = clients = [self.sender(server) for _ in range(4)]
-        quick.send("QUIT\r\n")
         with concurrent.futures.ThreadPoolExecutor(1) as pool:
             sent = pool.submit(self.send_one, server)
-            for _ in range(5):
-                self.wait_for_stuck()
+            self.wait_for_stuck()
             self.thread(server.stop, PATIENCE)
-            wait_for(lambda: is_refused(server), "the stop to begin")
+            wait_for(lambda: not can_connect(server.port), "the stop to begin")
             self.release.set()
-            began = time.monotonic()
             self.assertEqual(sent.result(PATIENCE), {})
-        self.assertEqual([client.line() for client in clients], ["250 2.0.0 Delivered"] * 4)
-        self.assertEqual(quick.rest()[:9], "221 2.0.0")
-        self.assertEqual(quitter.do("QUIT")[:9], "221 2.0.0")
-        self.assertEqual(talker.do("MAIL FROM:<a@example.org>"), "421 4.3.2 Shutting down")
-        self.assertEqual(silent.rest(), "421 4.3.2 Shutting down\r\n")
-        self.assertTrue(0.6 < time.monotonic() - began < PATIENCE / 2)
-        self.assertEqual(late.do("x\r\n."), "250 2.0.0 Delivered")
-        self.assertEqual(late.do("QUIT")[:9], "221 2.0.0")
-        self.assertEqual(len(self.mails), 6)
+        self.assertEqual(len(self.mails), 1)
 
     def test_inside_deliver_it_waits_for_nobody_and_outside_for_deliver(self):
         """Also where a start follows it: what waits ends with what it waited for, and no more."""
@@ -2890,7 +2762,7 @@ class StoppingAServer(LibraryCase):
             began = time.monotonic()
             server.stop(PATIENCE)
             self.assertLess(time.monotonic() - began, 1)
-            refused.append(is_refused(server))
+            refused.append(not can_connect(server.port))
             server.start()
             time.sleep(0.1)                 # the work that is left to do
             self.mails.append(mail)
@@ -2910,7 +2782,7 @@ class StoppingAServer(LibraryCase):
                 self.wait_for_stuck()
                 if way == "stop":
                     waiting = self.thread(server.stop, PATIENCE)
-                    wait_for(lambda: is_refused(server), "the stop to begin")
+                    wait_for(lambda: not can_connect(server.port), "the stop to begin")
                 self.release.set()
                 self.assertEqual(client.line(), "250 2.0.0 Delivered")
                 self.assertEqual(client.do("QUIT")[:3], "221")
@@ -2920,7 +2792,7 @@ class StoppingAServer(LibraryCase):
                     with Client(server) as client:
                         self.assertEqual(client.open("QUIT")[:3], "221")
                 server.stop()
-                self.assertTrue(is_refused(server))
+                self.assertFalse(can_connect(server.port))
 
     def test_a_signal_handler_may_do_it_or_raise(self):
         def raise_interrupt():
@@ -2965,47 +2837,8 @@ class StoppingAServer(LibraryCase):
             return not any(thread.is_alive() for thread in serving)
         wait_for(ended, "serve_forever to return")
         wait_for(lambda: not self.more_threads(), "the threads to end")
-        self.assertTrue(is_refused(server))
+        self.assertFalse(can_connect(server.port))
         self.assertEqual(open_descriptors(), descriptors)
-
-
-class WhereItIsEmbedded(LibraryCase):
-
-    def test_beside_an_event_loop(self):
-        mails = []
-
-        async def handle(mail):
-            mails.append((mail, threading.current_thread()))
-
-        async def run():
-            loop = asyncio.get_running_loop()
-
-            def deliver(mail):      # in the session's thread, which waits for the coroutine
-                asyncio.run_coroutine_threadsafe(handle(mail), loop).result(PATIENCE)
-            server = msmtpd.Server(deliver)
-            await loop.run_in_executor(None, server.start)
-            await asyncio.gather(*(loop.run_in_executor(None, self.send_one, server)
-                                   for _ in range(3)))
-            await loop.run_in_executor(None, server.stop)
-
-        asyncio.run(run())
-        self.assertEqual([thread for _, thread in mails], [threading.current_thread()] * 3)
-
-    def test_what_a_client_says_while_deliver_runs_is_answered_behind_it(self):
-        client = self.sender(self.serve(self.stuck))
-        self.wait_for_stuck()
-        client.send("NOOP\r\nVRFY a\r\nQUIT\r\nNOOP")
-        client.socket.shutdown(socket.SHUT_WR)
-        self.release.set()
-        self.assertEqual([line[:3] for line in client.rest().splitlines()],
-                         ["250", "250", "252", "221"])
-
-    def test_a_mail_is_in_the_list_before_its_client_knows(self):
-        server = self.serve()
-        with smtplib.SMTP(server.host, server.port, "client", 20) as client:
-            for number in range(1, 200):
-                client.sendmail("a@example.org", ["b@example.org"], "x")
-                self.assertEqual(len(self.mails), number)
 
 
 # What a program of somebody else's does with the library; argument: the module's name.
@@ -3021,9 +2854,9 @@ mails = []
 with msmtpd.Server(mails.append, authenticate=authenticate) as server:
     with smtplib.SMTP(server.host, server.port, "client", 20) as client:
         client.login("user", "se")
-        for number in 4, 1 << 20:
+        for number in 4, 1 << 16:
             client.sendmail("a@example.org", ["b@example.org"], b"x\\r\\n" * number)
-must([len(mail.data) for mail in mails] == [8, 2 << 20])
+must([len(mail.data) for mail in mails] == [8, 2 << 16])
 must(mails[0].message.get_payload() == "x\\n" * 4 and mails[1].user == "user")
 del mails[:]
 print("fine")
@@ -3076,8 +2909,8 @@ def state():
             logging.root.handlers[:], logging.root.level, logging.lastResort,
             vars(logging.getLogger("msmtpd")).copy(), locale.setlocale(locale.LC_ALL),
             dict(os.environ), os.getcwd(), os.umask(0o22), socket.getdefaulttimeout(),
-            threading.excepthook, threading.stack_size(), sys.excepthook, sys.unraisablehook,
-            sys.path[:], sys.stdout, sys.stderr, gc.isenabled(), warnings.filters[:]]
+            threading.excepthook, sys.excepthook, sys.unraisablehook, sys.path[:], sys.stdout,
+            sys.stderr, gc.isenabled(), warnings.filters[:]]
 os.umask(0o22)
 import smtplib
 before = state()
@@ -3093,36 +2926,25 @@ import msmtpd
 warnings.simplefilter("ignore")
 server = msmtpd.Server(print)
 server.start()
-def is_served():
+def must_serve():
     with smtplib.SMTP(server.host, server.port, "client", 5) as client:
-        return client.noop()[0] == 250
-assert is_served()
-stops = os.fork()
-if not stops:
-    server.stop()
-    os._exit(0)
-assert os.waitpid(stops, 0)[1] == 0
-assert is_served()
-sleeps = os.fork()
-if not sleeps:
-    time.sleep(60)
-    os._exit(0)
-assert is_served()
+        assert client.noop()[0] == 250
+def fork(work):
+    pid = os.fork()
+    if not pid:
+        work()
+        os._exit(0)
+    return pid
+must_serve()
+assert os.waitpid(fork(server.stop), 0)[1] == 0
+must_serve()
+sleeps = fork(lambda: time.sleep(60))
+must_serve()
 began = time.monotonic()
 server.stop(grace=60)
 assert time.monotonic() - began < 5
 os.kill(sleeps, signal.SIGKILL)
 print("fine")
-"""
-
-MODULES = """
-import sys
-import msmtpd
-loaded = sys.modules.keys() & set(
-    "argparse asyncio base64 copy ctypes dataclasses difflib email fcntl getpass hmac inspect "
-    "keyring logging pwd resource selectors shlex shutil socket socketserver ssl subprocess syslog "
-    "tempfile traceback typing".split())
-print(*loaded or ["fine"])
 """
 
 # Forgets stop(), with one client idle, and one whose mail is never delivered.
@@ -3216,22 +3038,14 @@ class WhereItIsVendored(Case):
         package = os.path.join(folder, "project", "vendor")
         os.makedirs(package)
         shutil.copy(PROGRAM, os.path.join(package, "postbox.py"))
-        archive = os.path.join(folder, "library.zip")
-        with zipfile.ZipFile(archive, "w") as file:
-            file.write(PROGRAM, "msmtpd.py")
         surroundings = {
-            "a package, under another name":
-                ([SELFTEST], {"path": folder, "name": "project.vendor.postbox"}),
-            "a zip file": ([SELFTEST + "must('.zip' in msmtpd.__file__)"], {"path": archive}),
-            "no assertions and docstrings":
-                ([SELFTEST + "must(msmtpd.__doc__ is None)", "-OO"], {}),
-            "warnings as errors":
-                ([SELFTEST + "import gc; gc.collect()", "-W", "error", "-bb", "-X", "dev"], {}),
+            "a package, under another name, without docstrings":
+                ([SELFTEST, "-OO"], {"path": folder, "name": "project.vendor.postbox"}),
+            "a process whose state stays as it was, and warnings are errors":
+                ([STATE + "gc.collect()", "-W", "error", "-bb", "-X", "dev"], {}),
             "what Windows has": ([WINDOWS], {}),
             "a process that forks": ([FORK], {}),
-            "a process whose state stays as it was": ([STATE], {}),
-            "a program that forgets to stop it": ([FORGETFUL], {}),
-            "an import that loads only what is needed at once": ([MODULES, "-S"], {})}
+            "a program that forgets to stop it": ([FORGETFUL], {})}
 
         def run(name):
             arguments, options = surroundings[name]
@@ -3239,28 +3053,13 @@ class WhereItIsVendored(Case):
         self.assertEqual(dict(zip(surroundings, at_once(run, surroundings))),
                          dict.fromkeys(surroundings, ("fine\n", 0)))
 
-    def check_package(self, name):
-        self.assertEqual(self.run_script(REPLACED % PACKAGES[name]), ("fine\n", 0))
-
-    @needs("gevent")
-    def test_where_gevent_replaces_sockets_and_threads(self):
-        self.check_package("gevent")
-
-    @needs("eventlet")
-    def test_where_eventlet_replaces_sockets_and_threads(self):
-        self.check_package("eventlet")
-
-    @needs("freezegun")
-    def test_where_freezegun_stops_time(self):
-        self.check_package("freezegun")
-
-    @needs("time_machine")
-    def test_where_time_machine_stops_time(self):
-        self.check_package("time_machine")
-
-    @needs("pyfakefs")
-    def test_where_pyfakefs_replaces_files(self):
-        self.check_package("pyfakefs")
+    def test_where_packages_replace_time_sockets_or_files(self):
+        missing = [name for name in PACKAGES if not importlib.util.find_spec(name)]
+        for name in PACKAGES.keys() - missing:
+            with self.subTest(name):
+                self.assertEqual(self.run_script(REPLACED % PACKAGES[name]), ("fine\n", 0))
+        if missing:
+            self.skipTest("no " + ", ".join(missing))
 
 
 # What a type checker is asked, and what it has to say.
@@ -3280,7 +3079,8 @@ class WhatTheDocumentationShows(LibraryCase):
 
     def test_help_tells_of_all_that_is_public_and_can_be_read_at_a_sitting(self):
         text = pydoc.render_doc(msmtpd, renderer=pydoc.plaintext)
-        self.assertLess(text.count("\n"), 600)
+        # From 3.13 on each argument of a long signature is shown in a line of its own.
+        self.assertLess(re.sub(r"(?s)\(\n.*?\n[ |]*\)", "()", text).count("\n"), 600)
         for name in "hostname", "extensions", "send", "flush", "read_line", "close", "VERBS":
             self.assertIn(name, msmtpd.Session.__doc__)
         for name in msmtpd.__all__:
@@ -3292,7 +3092,9 @@ class WhatTheDocumentationShows(LibraryCase):
                     self.assertTrue(function.__doc__, (name, member))
 
     def test_the_examples_in_docstrings(self):
-        result = doctest.testmod(msmtpd)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", ResourceWarning)    # clients that are not closed
+            result = doctest.testmod(msmtpd)
         self.assertGreaterEqual(result.attempted, 3)
         self.assertEqual(result.failed, 0)
 
@@ -3337,7 +3139,7 @@ class WhatTheDocumentationShows(LibraryCase):
             self.send_one(server)
         self.assertEqual([mail["Subject"] for mail in mailbox.Maildir(folder)], ["hi"])
 
-    @needs("pytest")
+    @unittest.skipUnless(importlib.util.find_spec("pytest"), "no pytest")
     def test_the_fixture_for_pytest_of_readme(self):
         folder = self.new_folder()
         with open(os.path.join(folder, "test_it.py"), "w", encoding="utf-8") as file:
@@ -3373,8 +3175,7 @@ class SmtpdHandlers(LibraryCase):
             (None, "250 2.0.0 Delivered"), ("", "250 2.0.0 Delivered"), ("250 Ok", "250 2.0.0 Ok"),
             ("250 2.6.0 Kept", "250 2.6.0 Kept"), ("451 later", "451 4.0.0 later"),
             ("550", "550 5.0.0 Delivery failed"), ("550 5.1.1 no", "550 5.1.1 no"),
-            ("452 4.2.2  full", "452 4.2.2 full"), ("550 5 lines", "550 5.0.0 5 lines"),
-            ("530 Log in", "530 5.7.0 Log in"), ("550-No\r\n550 Never", "550 5.0.0 No Never"),
+            ("550 5 lines", "550 5.0.0 5 lines"), ("530 Log in", "530 5.7.0 Log in"),
             ("451-4.2.1 a\n451 b\r\n", "451 4.2.1 a b")), msmtpd.smtpd_handler)
 
     def test_arguments_as_smtpd_gave_them(self):
@@ -3400,18 +3201,15 @@ class WhatDeliverMakesOfAMail(LibraryCase):
 
     def test_codes_that_do_not_fit_are_refused_where_they_are_raised(self):
         for failure, good, bad in (
-                (temporary, (400, 450, 499, None, "4.1.20"),
-                 (399, 500, 550, 250, 45, 4500, -450, 450.5, True, "450", "5.1.1", "9.1.1", "4.1",
-                  "4.1.1.1", "4.1.1000", "4.1.1\n", " 4.1.1", "4.\u0663.0")),
-                (permanent, (500, 554, 599, None, "5.1.20"),
-                 (499, 600, 450, 55, 550.5, False, "550", "4.1.1", "5.1", "5.1.1 no"))):
+                (temporary, (400, 499, None, "4.1.20"),
+                 (399, 500, 250, 450.5, True, "450", "5.1.1", "4.1", "4.1.1.1", "4.1.1000",
+                  "4.1.1\n", " 4.1.1", "4.\u0663.0")),
+                (permanent, (500, 599, None, "5.1.20"), (499, 600, 55, "4.1.1", "5.1.1 no"))):
             for code in good + bad:
                 with self.subTest(failure=failure, code=code), contextlib.ExitStack() as stack:
                     if code in bad:
                         stack.enter_context(self.assertRaises(ValueError))
                     failure("x", **{"enhanced" if isinstance(code, str) else "code": code})
-        with self.assertRaises(ValueError):
-            temporary("x", "450")
 
     def test_failures_say_what_the_client_is_told(self):
         self.check_replies((
@@ -3420,9 +3218,10 @@ class WhatDeliverMakesOfAMail(LibraryCase):
             # A code alone says no more than is known.
             (temporary("x", 450), "450 4.0.0 x"), (permanent("full", 552), "552 5.0.0 full"),
             (permanent("STARTTLS first", 530), "530 5.7.0 STARTTLS first"),
-            (permanent("no", 550), "550 5.0.0 no"), (permanent("no", 553), "553 5.0.0 no"),
+            (permanent("no", 553), "553 5.0.0 no"),
             # An enhanced code is given, by itself or at the begin of the text, or is not wanted.
             (temporary("x", 452, "4.2.2"), "452 4.2.2 x"),
+            (permanent("x", 554, "5.5.1"), "554 5.5.1 x"),
             (permanent("x", enhanced="5.7.1"), "554 5.7.1 x"),
             (permanent("5.1.1 no such user", 550), "550 5.1.1 no such user"),
             (temporary("4.2.2 full"), "451 4.2.2 full"),
@@ -3433,9 +3232,8 @@ class WhatDeliverMakesOfAMail(LibraryCase):
 
     def test_what_it_returns_is_a_reply_only_where_it_looks_like_one(self):
         """As functions for aiosmtpd do; keys of mailboxes and names of files are none."""
-        told, default = "250 2.0.0 Delivered", ("451.M1P2", "4510", "451", 250, "/451 x", "x 250 y",
-                                                "1448 x", None, 0, True, [], b"451 x")
-        self.check_replies([(value, told) for value in default if value != "451"] + [
+        others = "451.M1P2", "4510", 250, "/451 x", "x 250 y", None, 0, True, [], b"451 x"
+        self.check_replies([(value, "250 2.0.0 Delivered") for value in others] + [
             ("250 OK", "250 2.0.0 OK"), ("250 2.6.0 Kept as 7", "250 2.6.0 Kept as 7")])
         with self.assertLogs("msmtpd", "ERROR") as log:
             self.check_replies([(value, INTERNAL) for value in (
@@ -3444,29 +3242,28 @@ class WhatDeliverMakesOfAMail(LibraryCase):
         self.assertIn("to refuse, raise", log.output[0])
 
     def test_any_other_exception_is_logged_and_its_text_kept_from_the_client(self):
-        errors = [kind("secret") for kind in (
-            RuntimeError, SystemExit, MemoryError, KeyboardInterrupt, GeneratorExit,
-            asyncio.CancelledError)]
+        errors = [kind("secret") for kind in (RuntimeError, SystemExit, asyncio.CancelledError)]
         descriptors = open_descriptors()
         with self.assertLogs("msmtpd", "ERROR") as log:
             self.check_replies([(error, INTERNAL) for error in errors], max_sessions=1)
         self.assertEqual(open_descriptors(), descriptors)   # though a traceback holds its session
         self.assertEqual(len(log.output), len(errors))
         for text in log.output:
-            self.assertIn("Traceback", text)
-            self.assertIn("secret", text)
+            self.assertRegex(text, "(?s)Traceback.*secret")
 
-    def test_failures_are_no_errors_of_the_client(self):
-        failure, reply = permanent("nobody", 554, "5.5.1"), "554 5.5.1 nobody"
-        self.limit(MAX_ERRORS=3)
-        self.check_replies([(failure, reply)] * 4)
-        client = self.client(self.serve(check=mock.Mock(side_effect=failure, spec=())))
-        self.assertEqual(client.open(*["MAIL FROM:<a@example.org>"] * 4), reply)
+    def test_beside_an_event_loop(self):
+        async def handle(mail):
+            threads.append(threading.current_thread())
 
-    def test_421_ends_the_session(self):
-        def deliver(mail):
-            raise temporary("bye", 421, "4.3.2")
-        self.assertEqual(self.sender(self.serve(deliver)).rest(), "421 4.3.2 bye\r\n")
+        async def run():
+            def deliver(mail):      # in the session's thread, which waits for the coroutine
+                asyncio.run_coroutine_threadsafe(handle(mail), loop).result(PATIENCE)
+            loop, server = asyncio.get_running_loop(), msmtpd.Server(deliver)
+            for function in server.start, lambda: self.send_one(server), server.stop:
+                await loop.run_in_executor(None, function)
+        threads = []
+        asyncio.run(run())
+        self.assertEqual(threads, [threading.current_thread()])
 
 
 class ChecksOfAddresses(LibraryCase):
@@ -3494,18 +3291,16 @@ class ChecksOfAddresses(LibraryCase):
         table = (       # what is raised, and the reply to MAIL and to RCPT
             (temporary("later"), "451 4.0.0 later", "451 4.0.0 later"),
             (temporary("Greylisted", 450), "450 4.0.0 Greylisted", "450 4.0.0 Greylisted"),
-            (temporary("x", 450, "4.2.1"), "450 4.2.1 x", "450 4.2.1 x"),
             (permanent("no"), "553 5.1.7 no", "553 5.1.3 no"),
             (permanent("no", 501), "501 5.1.7 no", "501 5.1.3 no"),
             (permanent("Mailbox full", 552), "552 5.0.0 Mailbox full", "552 5.0.0 Mailbox full"),
-            (permanent("TLS first", 530), "530 5.7.0 TLS first", "530 5.7.0 TLS first"),
             (permanent("5.1.1 no", 550), "550 5.1.1 no", "550 5.1.1 no"),
-            (permanent("no", 550, ""), "550 no", "550 no"),
             (ValueError("secret"), INTERNAL, INTERNAL))
 
         def check(address, mail):
             if address.startswith("bad@"):
                 raise error
+        self.limit(MAX_ERRORS=2)        # which these are not
         server = self.serve(check=check)
         for error, sender, recipient in table:
             with self.subTest(error=repr(error)), self.assertLogs("msmtpd", "INFO") as log:
@@ -3564,8 +3359,7 @@ class AuthenticatingByAFunction(LibraryCase):
 
     def log_in(self, client, user="user", password="password"):
         """The reply to AUTH."""
-        response = base64.b64encode(("\0%s\0%s" % (user, password)).encode()).decode()
-        return client.do("AUTH PLAIN " + response)
+        return client.do("AUTH PLAIN " + encoded("\0%s\0%s" % (user, password)))
 
     def test_its_answer_decides_and_what_it_raises_is_answered_by_454(self):
         """And the password is not logged."""
@@ -3574,8 +3368,8 @@ class AuthenticatingByAFunction(LibraryCase):
             "535 5.7.8 Wrong user name or password", "530"), (
             "454 4.7.0 Cannot authenticate now", "530")
         for answer, replies in (
-                (True, yes), (1, yes), (False, no), (None, no), (OSError("hunter2"), failed),
-                (SystemExit("hunter2"), failed), (asyncio.CancelledError("hunter2"), failed)):
+                (True, yes), (False, no), (OSError("hunter2"), failed),
+                (SystemExit("hunter2"), failed)):
             with self.subTest(repr(answer)), self.assertLogs("msmtpd", "DEBUG") as log:
                 authenticate = mock.Mock(side_effect=[answer])
                 client = self.client(self.serve(authenticate=authenticate))
@@ -3608,10 +3402,10 @@ class AuthenticatingByAFunction(LibraryCase):
                     Client(server) as client:
                 client.open()
                 began = time.monotonic()
-                reply = self.log_in(client), time.monotonic() - began >= 0.4
+                reply = self.log_in(client), time.monotonic() - began >= 0.15
                 self.assertEqual(client.do("MAIL FROM:<a@example.org>")[:9], "530 5.7.0")
                 return reply + (self.log_in(client)[:3],)
-        self.limit(AUTH_DELAY=0.4, MAX_ERRORS=2)
+        self.limit(AUTH_DELAY=0.15, MAX_ERRORS=2)
         table = ((temporary("No directory"), ("454 4.7.0 No directory", False, "454")),
                  (temporary("Not now", 450, "4.7.1"), ("450 4.7.1 Not now", False, "450")),
                  (permanent("Account locked"), ("535 5.7.8 Account locked", True, "421")),
@@ -3624,47 +3418,41 @@ class AuthenticatingByAFunction(LibraryCase):
 @unittest.skipUnless(ssl, "no module ssl")
 class TLSByAContext(LibraryCase):
 
-    def context(self, **attributes):
+    def context(self):
         context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
         with tempfile.NamedTemporaryFile("w") as file:
             file.write(CERTIFICATE_1 + KEY_1)
             file.flush()
             context.load_cert_chain(file.name)
-        for name, value in attributes.items():
-            setattr(context, name, value)
         return context
 
-    def trusting(self):
-        return ssl.create_default_context(cadata=CERTIFICATE_1)
-
     def test_is_used_as_given_by_starttls_and_from_the_first_byte(self):
-        versions = [ssl.TLSVersion.TLSv1_2] + [ssl.TLSVersion.TLSv1_3] * ssl.HAS_TLSv1_3
-        names = []
-        for starttls, version in itertools.product((True, False), versions):
-            with self.subTest(starttls=starttls, version=version), contextlib.ExitStack() as stack:
-                server = self.serve(starttls=starttls, tls=self.context(
-                    minimum_version=version, maximum_version=version,
-                    sni_callback=lambda tls, name, context: names.append(name)))
+        names, context = [], self.context()
+        context.maximum_version = ssl.TLSVersion.TLSv1_2
+        context.sni_callback = lambda tls, name, context: names.append(name)
+        for starttls in True, False:
+            with self.subTest(starttls=starttls), contextlib.ExitStack() as stack:
+                server = self.serve(starttls=starttls, tls=context)
                 if starttls:
                     client = stack.enter_context(smtplib.SMTP(server.host, server.port, "client"))
                     client.ehlo()
                     self.assertTrue(client.has_extn("starttls"))
                     client.sendmail("a@example.org", ["b@example.org"], "plain")
-                    client.starttls(context=self.trusting())
+                    client.starttls(context=trusting())
                 else:
                     client = stack.enter_context(smtplib.SMTP_SSL(
-                        server.host, server.port, "client", context=self.trusting()))
+                        server.host, server.port, "client", context=trusting()))
                 client.ehlo()
                 self.assertFalse(client.has_extn("starttls"))
                 client.sendmail("a@example.org", ["b@example.org"], "x" * 200000)
-                self.assertEqual(client.sock.version().replace(".", "_"), version.name)
+                self.assertEqual(client.sock.version(), "TLSv1.2")
                 self.assertEqual([(mail.tls, mail.size) for mail in self.mails],
                                  [(False, 6)] * starttls + [(True, 200001)])
-        self.assertEqual(len(names), 2 * len(versions))
+        self.assertEqual(len(names), 2)
 
     def test_a_handshake_is_begun_at_once_or_not_at_all(self):
         """A client of plain SMTP, which waits for a greeting, is not kept for the timeout."""
-        self.limit(HANDSHAKE_TIMEOUT=0.3)
+        self.limit(HANDSHAKE_TIMEOUT=0.2)
 
         def ends(first):
             """Whether a client is dropped that says this, and then nothing."""
@@ -3673,27 +3461,20 @@ class TLSByAContext(LibraryCase):
                 began = time.monotonic()
                 client.send(first)
                 said = client.rest()
-                return said[-20:], 0.2 < time.monotonic() - began < PATIENCE / 2
+                return said[-20:], 0.15 < time.monotonic() - began < PATIENCE / 2
         self.assertEqual(at_once(ends, (b"", b"\x16\x03\x01\x02\x00\x01\x00", b"STARTTLS\r\n")),
                          [("", True), ("", True), ("220 2.0.0 Go ahead\r\n", True)])
 
-    def inside(self):
-        """A client within TLS, which knows a cut from an end, and a socket below TLS."""
-        client = self.client(self.serve(tls=self.context()))
-        client.open("STARTTLS")
-        below = client.socket.dup()
-        self.addCleanup(below.close)
-        context = self.trusting()
-        context.options &= ~getattr(ssl, "OP_IGNORE_UNEXPECTED_EOF", 0)
-        inside = context.wrap_socket(client.socket, server_hostname="localhost",
-                                     suppress_ragged_eofs=False)
-        self.addCleanup(inside.close)
-        return inside, below
-
     def test_its_end_is_told_also_to_one_who_talks_on(self):
+        """A client within TLS knows a cut from an end."""
         for sent, last in (b"QUIT\r\n", b"221 2.0.0"), (b"FROB\r\n" * 10, b"421 4.7.0"):
-            with self.subTest(sent):
-                inside, below = self.inside()
+            client = self.client(self.serve(tls=self.context()))
+            client.open("STARTTLS")
+            context = trusting()
+            context.options &= ~getattr(ssl, "OP_IGNORE_UNEXPECTED_EOF", 0)
+            with self.subTest(sent), client.socket.dup() as below, context.wrap_socket(
+                    client.socket, server_hostname="localhost",
+                    suppress_ragged_eofs=False) as inside:
                 inside.sendall(sent)
                 said = b""
                 with contextlib.suppress(ssl.SSLZeroReturnError):
@@ -3703,20 +3484,10 @@ class TLSByAContext(LibraryCase):
                 for _ in range(3 if last[:1] == b"4" else 0):
                     below.sendall(b"x")
 
-    def test_what_is_no_tls_within_it_ends_the_session(self):
-        with self.assertLogs("msmtpd", "INFO") as log:
-            inside, below = self.inside()
-            inside.sendall(b"NOOP\r\n")
-            inside.recv(100)
-            below.sendall(b"MAIL FROM:<a@example.org>\r\n")
-            wait_for(lambda: "closed: " in "".join(log.output), "the end of the session")
-        self.assertIn("closed: the client left", "".join(log.output))
-        self.assertNotIn("internal error", "".join(log.output))
-
     def test_stop_is_quick_within_it_too(self):
         server = self.serve(tls=self.context())
         with smtplib.SMTP(server.host, server.port, "client", 20) as client:
-            client.starttls(context=self.trusting())
+            client.starttls(context=trusting())
             client.noop()       # now the server, too, has done its part of the handshake
             halfway = self.client(server)
             halfway.open("STARTTLS")            # and then nothing
@@ -3744,9 +3515,6 @@ class ErrorsOnPurpose(LibraryCase):
             def do_XLOUD(self, argument):
                 return msmtpd.Reply(250, "", argument.upper())
 
-            def do_VRFY(self, argument):
-                self.close()
-
             def do_RSET(self, argument):
                 return msmtpd.Reply(421, "4.3.2", "Lunch")
 
@@ -3760,7 +3528,7 @@ class ErrorsOnPurpose(LibraryCase):
 
             do_UNKNOWN = do_NOOP        # not to be found by what a client sent
 
-        server, logged = self.serve(session=Grumpy), []
+        server = self.serve(session=Grumpy)
         mail = "MAIL FROM:<a@example.org>"
         for lines, rest in (
                 ([mail, "RCPT TO:<nobody@example.org>"],
@@ -3768,22 +3536,15 @@ class ErrorsOnPurpose(LibraryCase):
                 ([mail, "RCPT TO:<b@example.org>"], "250 2.1.5 Recipient accepted\r\n"),
                 (["NOOP spoken  loud "], "450 4.2.1 spoken  loud\r\n"),
                 (["xloud abc"], "250 ABC\r\n"), (["UNKNOWN"], "500 5.5.1 Unknown command\r\n"),
-                (["VRFY a"], ""), (["RSET"], "421 4.3.2 Lunch\r\n"),
+                (["RSET"], "421 4.3.2 Lunch\r\n"),
                 (["HELP"], "421 4.3.0 Internal error\r\n"),
-                ([mail, "RCPT TO:<b@example.org>", "DATA", "x\r\n."], "250 number 9\r\n")):
-            with self.subTest(lines=lines), self.assertLogs("msmtpd", "INFO") as log, \
-                    Client(server) as client:
+                ([mail, "RCPT TO:<b@example.org>", "DATA", "x\r\n."], "250 number 8\r\n")):
+            with self.subTest(lines=lines), self.assertLogs("msmtpd"), Client(server) as client:
                 client.open(*lines[:-1])
                 client.send(lines[-1] + "\r\n")
                 client.socket.shutdown(socket.SHUT_WR)
                 self.assertEqual(client.rest() or "", rest)
-                wait_for(lambda: "closed: " in log.output[-1], "the end of the session")
-                logged.append(log.output)
         self.assertEqual(len(self.mails), 1)
-        for number, text in ((0, "refused RCPT TO:<nobody@example.org>: 550 5.1.1 No such user"),
-                             (6, "closed: by the server: 421 4.3.2 Lunch"),
-                             (7, "ArithmeticError")):
-            self.assertIn(text, "".join(logged[number]))
 
     def test_by_another_name_and_other_extensions(self):
         class Poor(msmtpd.Session):
@@ -3861,11 +3622,10 @@ class AMail(LibraryCase):
         client.open("MAIL FROM:<> size=100  Body=8bitMIME", "RCPT TO:<b@example.org> NOTIFY=NEVER",
                     "RCPT TO:<c@example.org> orcpt=rfc822;X@y.example", "DATA")
         self.assertEqual(client.do(head + "..x\r\n\u20ac\r\n."), "250 2.0.0 Delivered")
-        client.do("HELO [192.0.2.1]", "MAIL FROM:<a@example.org>", "RCPT TO:<root>", "DATA", ".")
-        client.do("EHLO x", "MAIL FROM:<\u00e9@example.org> SMTPUTF8", "RCPT TO:<root>", "DATA",
-                  " x\r\n.")
+        client.do("HELO [192.0.2.1]", "MAIL FROM:<\u00e9@example.org> SMTPUTF8", "RCPT TO:<root>",
+                  "DATA", ".")
         data = "Subject: =?utf-8?q?gr=C3=BC=C3=9Fe?=\n\n.x\n\u20ac\n".encode()
-        first, second, third = self.mails
+        first, second = self.mails
         peer = msmtpd.Peer("127.0.0.1", client.socket.getsockname()[1])
         self.assertEqual(parts_of(first), (
             "", ["b@example.org", "c@example.org"], data, len(data), peer, "client.example", None,
@@ -3875,9 +3635,8 @@ class AMail(LibraryCase):
             self.assertEqual((first.data, first.file.read()), (data, data))
             self.assertIsInstance(first.message, email.message.EmailMessage)
             self.assertEqual(first.message["Subject"], "gr\u00fc\u00dfe")
-        self.assertEqual((second.data, second.size, second.helo), (b"", 0, "[192.0.2.1]"))
-        self.assertEqual((third.data, third.sender, third.smtputf8, third.mail_options),
-                         (b" x\n", "\u00e9@example.org", True, ["SMTPUTF8"]))
+        self.assertEqual((second.data, second.sender, second.smtputf8, second.helo),
+                         (b"", "\u00e9@example.org", True, "[192.0.2.1]"))
         self.assertIn("b@example.org", repr(first))
 
     def test_can_be_made_for_the_tests_of_a_deliver(self):
@@ -3886,7 +3645,10 @@ class AMail(LibraryCase):
         self.assertEqual((mail.recipients, mail.data, mail.size, mail.message["Subject"]),
                          (["b@example.org"], b"Subject: x\n\ny\n", 14, "x"))
         self.assertIs(mail.smtputf8, True)
-        self.assertEqual(parts_of(msmtpd.Mail("")), (
+        first, second = msmtpd.Mail(""), msmtpd.Mail("")
+        for each in first.recipients, first.mail_options, first.rcpt_options:
+            each.append("of one's own")
+        self.assertEqual(parts_of(second), (
             "", [], b"", 0, msmtpd.Peer("", None), "", None, False, [], [], False, ""))
 
     def test_has_a_peer_of_host_and_port(self):
@@ -3895,8 +3657,6 @@ class AMail(LibraryCase):
         self.assertEqual((host, port, peer.host, peer.port), ("192.0.2.1", 25) * 2)
         self.assertEqual(len({peer, msmtpd.Peer("192.0.2.1", 25), msmtpd.Peer("", None)}), 2)
         self.assertNotEqual(peer, msmtpd.Peer("192.0.2.1", 26))
-        self.assertEqual([str(peer), str(msmtpd.Peer("", None))],
-                         ["[192.0.2.1]:25", "a local client"])
 
     def test_keeps_its_data_and_lets_go_of_it_without_a_warning(self):
         descriptors = open_descriptors()
@@ -3936,41 +3696,13 @@ class AMail(LibraryCase):
                     self.assertEqual(len(twin.file.read()), size + 1)
                     self.assertEqual(len(file.read()), size - 4)    # read from where it was
 
-    def test_has_a_received_line_only_where_asked_for(self):
-        for received in (False, True):
-            with self.subTest(received=received):
-                self.send_one(self.serve(received=received), "A: b\r\n\r\nx")
-                self.assertEqual(self.mails[0].data.startswith(b"Received: from"), received)
-                self.assertEqual(self.mails[0].message["A"], "b")
-
-
-# What who has set up no logging sees; argument: what goes wrong.
-NO_LOGGING = """
-import smtplib, sys
-import msmtpd
-def deliver(mail):
-    if sys.argv[1] == "bug":
-        raise ArithmeticError("why")
-    raise msmtpd.PermanentFailure("no", details=["because"])
-def check(address, mail):
-    if mail.recipients and sys.argv[1] == "check":
-        raise msmtpd.TemporaryFailure("later")
-with msmtpd.Server(deliver, check=check) as server:
-    with smtplib.SMTP(server.host, server.port, "client", 20) as client:
-        try:
-            client.sendmail("a@example.org", ["b@example.org"], "x")
-        except smtplib.SMTPException:
-            print("refused")
-"""
-
 
 class WhatIsLogged(LibraryCase):
 
     def test_goes_to_the_logger_msmtpd_or_to_one_that_is_given(self):
         for name in ("msmtpd", "project.mail"):
             with self.subTest(name=name), self.assertLogs(name, "INFO") as log:
-                options = {} if name == "msmtpd" else {"log": logging.getLogger(name)}
-                server = self.serve(**options)
+                server = self.serve(log=None if name == "msmtpd" else logging.getLogger(name))
                 self.send_one(server, "x")
                 server.stop()
             self.assertEqual({record.name for record in log.records}, {name})
@@ -3978,40 +3710,29 @@ class WhatIsLogged(LibraryCase):
                              r"to=<b@example\.org> size=2 status=sent seconds=[0-9.]+ "
                              r"client=\[127\.0\.0\.1\]\n")
 
-    def test_has_values_from_outside_escaped_and_cut(self):
+    def test_keeps_addresses_apart(self):
         with self.assertLogs("msmtpd", "INFO") as log:
-            client = self.client(self.serve())
-            client.open("RCPT TO:<a\\b\u200b\u20ac>", "RCPT TO:<" + "x" * 300 + ">",
-                        'MAIL FROM:<"a> to=<x"@b>', "RCPT TO:<-c@d>", "RCPT TO:<c@d>", "DATA",
-                        "x\r\n.")
-        for line, text in zip(log.output[1:], (
-                "refused RCPT TO:<a\\\\b\\u200b\u20ac>: 503 ", "refused RCPT TO:<" + "x" * 150,
-                "refused RCPT TO:<-c@d>: 501 5.1.3 ", r'from=<"a\x3e to=<x"@b> to=<c@d> ')):
-            self.assertIn(text, line)
-            self.assertNotIn("x" * 201, line)
+            self.client(self.serve()).open('MAIL FROM:<"a> to=<x"@b>', "RCPT TO:<c@d>", "DATA",
+                                           "x\r\n.")
+        self.assertIn(r'from=<"a\x3e to=<x"@b> to=<c@d> ', "".join(log.output))
 
     def test_tells_why_a_client_waits_that_ends_its_mail_in_bare_lf(self):
         """As some do over TLS: MIME::Lite, and what writes past the layer that ends its lines."""
-        def try_case(case):
-            leaves, data, told = case
+        self.limit(TURN=0.05)
+        for leaves, data, told in (
+                (False, "x\n.\r\n", True), (True, "x" * 99999 + "\n.\n", True),
+                (True, "\n.\r\n", True), (False, "x\n..\r\n", False), (True, "x\n.\r\ny", False)):
             why = "; mail data has to end in CR LF . CR LF" if told else ""
-            log, messages = logging.Logger("test"), []
-            log.addFilter(lambda record: messages.append(record.getMessage()))
-            with msmtpd.Server(print, timeout=0.2, log=log) as server, Client(server) as client:
-                client.data()
-                client.send(data)
-                if leaves:
-                    client.socket.shutdown(socket.SHUT_WR)
-                self.assertEqual(client.rest(), "" if leaves else
-                                 "421 4.4.2 Waited for too long%s\r\n" % why)
-            self.assertIn("the client " + ("left" if leaves else "was silent"), messages[-1])
-            self.assertTrue(messages[-1].endswith(why))
-            self.assertEqual("has to end" in messages[-1], told)
-        self.limit(TURN=0.1)
-        at_once(try_case, (
-            (False, "x\n.\r\n", True), (True, "x\n.\n", True), (True, "\n.\r\n", True),
-            (True, "x" * 99999 + "\n.\r\n", True), (False, "x\n..\r\n", False),
-            (True, "x\r\n..\r\n", False), (True, "x\n.\r\ny", False)))
+            with self.subTest(data[-9:]), self.assertLogs("msmtpd") as log:
+                with msmtpd.Server(print, timeout=0.1) as server, Client(server) as client:
+                    client.data()
+                    client.send(data)
+                    if leaves:
+                        client.socket.shutdown(socket.SHUT_WR)
+                    self.assertEqual(client.rest(), "" if leaves else
+                                     "421 4.4.2 Waited for too long%s\r\n" % why)
+                self.assertRegex(log.output[-1], "the client %s%s$" % (
+                    "left" if leaves else "was silent or too slow", why))
 
     def test_changes_no_reply_where_it_fails(self):
         log = logging.Logger("test")
@@ -4019,14 +3740,17 @@ class WhatIsLogged(LibraryCase):
         self.check_replies([(None, "250 2.0.0 Delivered")] * 2, log=log)
 
     def test_shows_a_bug_and_nothing_else_to_who_has_set_up_none(self):
-        def run(what):
-            done = subprocess.run([sys.executable, "-c", NO_LOGGING, what], cwd=HERE,
-                                  timeout=PATIENCE, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
-            self.assertEqual((done.stdout, done.returncode), (b"refused\n", 0))
-            return done.stderr.decode()
-        bug, failure, check = at_once(run, ("bug", "failure", "check"))
-        self.assertRegex(bug, r"(?s)session 1: deliver raised\nTraceback.*\nArithmeticError: why\n")
-        self.assertEqual((failure, check), ("", ""))
+        bug = r"session 1: (deliver|check) raised\nTraceback(.*\n)*ArithmeticError: why\n"
+        for error, shown in ((ArithmeticError("why"), bug), (temporary("later"), ""),
+                             (permanent("no", details=["because"]), "")):
+            function = mock.Mock(side_effect=error, spec=())
+            for deliver, check in (function, None), (print, function):
+                with self.subTest(error=error, check=check), \
+                        contextlib.redirect_stderr(io.StringIO()) as output, \
+                        mock.patch.object(logging.root, "handlers", []):
+                    with self.assertRaises(smtplib.SMTPException):
+                        self.send_one(self.serve(deliver, check=check))
+                    self.assertRegex(output.getvalue(), r"\A%s\Z" % shown)
 
 
 # The program
@@ -4038,10 +3762,6 @@ def python(before="", behind=""):
     """
     return (sys.executable, "-S", "-c", "import sys; sys.path.insert(0, sys.argv[1]); %simport "
             "msmtpd; %ssys.exit(msmtpd.main(sys.argv[2:]))" % (before, behind), HERE)
-
-
-def encoded(text, encoding="utf-8"):
-    return base64.b64encode(text.encode(encoding)).decode()
 
 
 def free_port():
@@ -4061,7 +3781,7 @@ def status_of(pid):
         with open("/proc/%d/status" % pid, encoding="ascii") as file:
             return file.read()
     except OSError:
-        return "State:\tS\nSigPnd:\t0000000000000000"
+        return "State:\tS\nSigPnd:\t0000000000000000\n"
 
 
 @contextlib.contextmanager
@@ -4263,7 +3983,8 @@ class Options(HostCase):
                                  stderr=subprocess.PIPE)
             self.assertEqual(process.communicate(timeout=PATIENCE)[1].count(b"\n"), 1)
         self.assertEqual(process.returncode, 3)
-        process = self.popen("--inetd", "--frob", stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
+        process = self.popen("--inetd", "--auth=joe,echo noise >&2; exit 1",
+                             stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
                              stderr=subprocess.STDOUT)
         self.assertRegex(process.communicate(timeout=PATIENCE)[0], rb"\A421 [^\n]*\n\Z")
 
@@ -4285,6 +4006,14 @@ class Options(HostCase):
             done = self.run_program("--inetd", "--command=true", "--max-size=" + text,
                                     input=b"EHLO x\r\n")
             self.assertIn(b"250-SIZE %d\r\n" % size, done.stdout)
+
+    def test_limits(self):
+        daemon = self.start("--max-sessions=1", "--delivery-timeout=0.1", "--command=sleep 9; :",
+                            limits={"FULL_TIMEOUT": 0.5, "TURN": 0.1})
+        with Client(daemon) as client:
+            client.data()
+            self.assertEqual(client.do("x\r\n.")[:9], "451 4.3.0")
+            self.assertEqual(client.rest()[:9], "421 4.4.2")    # as the only place is taken
 
     def test_several_users_each_with_a_password_of_its_own(self):
         daemon = self.start("--auth=ann,echo first", "--auth", "joe,echo second",
@@ -4395,6 +4124,8 @@ class Daemon(HostCase):
             notify.settimeout(PATIENCE)
             daemon = self.start(env={**os.environ, "NOTIFY_SOCKET": path})
             self.assertEqual(notify.recv(100), b"READY=1")
+            self.send(daemon)
+            self.assertEqual(select.select([notify], [], [], 0)[0], [])
             self.stop(daemon)
             self.assertEqual(notify.recv(100), b"STOPPING=1")
 
@@ -4479,19 +4210,15 @@ class Log(HostCase):
             self.assertNotIn(secret.lower(), self.logged().lower())     # verbs are in upper case
 
     def test_is_reopened(self):
-        """Whether or not SIGHUP says so, even while it is handled."""
+        """Whether or not SIGHUP says so."""
         with handling(signal.SIG_DFL, signal.SIGHUP):
             daemon = self.start()
         os.rename(self.log, self.log + ".1")
         self.send(daemon)
         wait_for(lambda: "status=sent" in self.logged(), "the new log")
-        for _ in range(5000):
-            daemon.send_signal(signal.SIGHUP)
-        wait_for(lambda: "SigPnd:\t0000000000000000" in status_of(daemon.pid), "the signals")
         os.rename(self.log, self.log + ".2")
         daemon.send_signal(signal.SIGHUP)
         wait_for(lambda: os.path.exists(self.log), "the new log")
-        self.assertEqual(self.send(daemon)[:3], "250")
         self.assertEqual(self.stop(daemon), (0, ""))
 
     def test_one_that_fails_changes_no_reply(self):
@@ -4524,19 +4251,22 @@ class Log(HostCase):
             daemon = self.start("--command=nosuchprogram %F", stderr=errors)
         self.assertEqual(self.stop(daemon)[0], 0)
 
-    def test_a_pipe_that_nobody_reads(self):
-        """A line waits for room, once, and is dropped; sessions go on, and so does the stop."""
+    @contextlib.contextmanager
+    def pipe(self):
+        """A pipe to log to, a function that fills it, and one that empties it."""
         def fill():
             os.set_blocking(writer, False)
-            while errors.write(bytes(1000)):
+            while sink.write(bytes(1000)):
                 pass
             os.set_blocking(writer, True)   # for the program, too
-
-        def read():
-            return pipe.read(1 << 20) or b""
         reader, writer = os.pipe()
         os.set_blocking(reader, False)
-        with open(reader, "rb", buffering=0) as pipe, open(writer, "wb", buffering=0) as errors:
+        with open(reader, "rb", buffering=0) as source, open(writer, "wb", buffering=0) as sink:
+            yield sink, fill, lambda: source.read(1 << 20) or b""
+
+    def test_a_pipe_that_nobody_reads(self):
+        """A line waits for room, once, and is dropped; sessions go on, and so does the stop."""
+        with self.pipe() as (errors, fill, read):
             fill()
             daemon = self.start_without_log("--log=-", "--command=true", stderr=errors,
                                             limits={"LOG_TIMEOUT": 0.2})
@@ -4550,8 +4280,26 @@ class Log(HostCase):
             wait_for(lambda: b"status=sent" in read(), "a line, now that it is read again")
             fill()
             self.send(daemon)
-            daemon.send_signal(signal.SIGTERM)
-            self.assertEqual(daemon.wait(PATIENCE), 0)
+            self.assertEqual(self.stop(daemon)[0], 0)
+
+    def test_hangups_while_one_is_handled(self):
+        """None is lost, and many together are few: here the first one waits for room in the log."""
+        with self.pipe() as (errors, fill, read):
+            with handling(signal.SIG_DFL, signal.SIGHUP):
+                daemon = self.start_without_log("--log=-", stderr=errors,
+                                                limits={"LOG_TIMEOUT": PATIENCE})
+            wait_for(lambda: b"closed" in read(), "the end of the first session")
+            fill()
+            for _ in range(20):
+                daemon.send_signal(signal.SIGHUP)
+                wait_for(lambda: re.search(r"State:\tS(?s:.*)SigPnd:\t0+\n",
+                                           status_of(daemon.pid)), "the signal")
+            wait_for(lambda: b"SIGHUP" in read(), "the first to be handled")
+            before = read().count(b"SIGHUP")
+            daemon.send_signal(signal.SIGHUP)
+            wait_for(lambda: read().count(b"SIGHUP") > before, "the last to be handled")
+            self.assertEqual(self.stop(daemon)[0], 0)
+            self.assertLess(read().count(b"SIGHUP"), 5)
 
     def test_standard_output_that_is_a_socket(self):
         ours, theirs = socket.socketpair()

@@ -139,8 +139,6 @@ _now = (functools.partial(time.clock_gettime, time.CLOCK_MONOTONIC)
 class Peer:
     """Where a client is: `host`, its IP address, "" where it has none, and `port`, or None."""
 
-    __slots__ = ("host", "port")
-
     def __init__(self, host: str = "", port: int | None = None) -> None:
         self.host, self.port = host, port
 
@@ -297,7 +295,8 @@ class Mail:
         self._file: BinaryIO = io.BytesIO()
         self._has_descriptor = False        # another process can read it as its standard input
         self.size = 0
-        self._write(data)
+        if data:
+            self._write(data)
 
     def _write(self, data: bytes) -> None:
         """Append `data`. Raises OSError if the disk is full, MemoryError if memory is."""
@@ -322,7 +321,7 @@ class Mail:
         self._file, self._has_descriptor = file, True
         # Not by __del__: the garbage collector may come to the file first, and then warns of it.
         import weakref
-        weakref.finalize(self, _drop, file)
+        weakref.finalize(self, _drop, file).atexit = False      # then others may still want it
 
     @property
     def file(self) -> BinaryIO:
@@ -575,8 +574,9 @@ _HTTP_METHODS = frozenset(
 def _split_line(line: bytes) -> tuple[str, str]:
     """Split a client's line, without its end, into its verb in upper case and its argument.
 
-    Raises ValueError saying what is wrong with its bytes.
+    Raises _Ended for HTTP, or ValueError saying what is wrong with its bytes.
     """
+    _refuse_http(line)
     try:
         text = line.decode()
     except UnicodeDecodeError:
@@ -790,40 +790,24 @@ _VERB, _DATA, _PARTING = range(3)
 class _Slots:
     """What a server tells its sessions: whether all slots are taken, and whether to end.
 
-    free: the threads that could take a further client, None under inetd, where there is none. A
-    signal handler may call `stop`, hence a lock that who holds it can take again.
+    free: the threads that could take a further client; under inetd, one that is never taken.
+    waiting: who waits for a client, and for what. To set and to delete a key needs no lock.
     """
 
     def __init__(self) -> None:
-        self._lock = threading.RLock()
-        self._waiting: dict[_Wire, int] = {}    # who waits for a client, and for what
-        self._ends_at = [0.0, float("inf"), float("inf")]       # when a wait ends, once stopping
-        self.free: set[int] | None = None
+        self.free = {0}
+        self.waiting: dict[_Wire, int] = {}
         self.stopping = False
-
-    @property
-    def full(self) -> bool:
-        """Whether all slots are taken."""
-        return self.free is not None and not self.free
+        self._ends_at = [0.0, float("inf"), float("inf")]       # when a wait ends, once stopping
 
     @property
     def leave_at(self) -> float:
-        """When a delivery is left behind."""
-        return self._ends_at[_PARTING]
+        """When a delivery is left behind: a moment after the last farewell."""
+        return self._ends_at[_PARTING] + 0.2
 
     def ends(self, kind: int) -> bool:
         """Whether a wait of this kind has to end now."""
         return self.stopping and _now() >= self._ends_at[kind]
-
-    def enter(self, wire: _Wire, kind: int) -> None:
-        """Let a stop wake who waits from now on."""
-        with self._lock:
-            self._waiting[wire] = kind
-
-    def leave(self, wire: _Wire) -> None:
-        """Let no stop wake it any more: who is woken cannot read on."""
-        with self._lock:
-            del self._waiting[wire]
 
     def sleep(self, seconds: float) -> None:
         """Sleep, but no longer than until a stop."""
@@ -834,18 +818,19 @@ class _Slots:
     def stop(self, grace: float, patience: float) -> None:
         """Begin to end the sessions, as Server.stop says; a further call can only shorten this."""
         until = _now() + grace
-        with self._lock:
-            self._ends_at[_DATA] = min(self._ends_at[_DATA], until)
-            self._ends_at[_PARTING] = min(self._ends_at[_PARTING], until + patience)
-            self.stopping = True
+        self._ends_at[_DATA] = min(self._ends_at[_DATA], until)
+        self._ends_at[_PARTING] = min(self._ends_at[_PARTING], until + patience)
+        self.stopping = True
         self.wake()
 
     def wake(self) -> None:
-        """Wake those who wait though they have to end now."""
-        with self._lock:
-            for wire, kind in self._waiting.items():
-                if self.ends(kind):
-                    wire.wake()
+        """Wake those who wait though they have to end now.
+
+        Who is woken cannot read on; if it has just ceased to wait, it sees that it has to end.
+        """
+        for wire, kind in list(self.waiting.items()):
+            if self.ends(kind):
+                wire.wake()
 
 
 class _Descriptors:
@@ -914,20 +899,22 @@ class _Wire:
         self._in_tls = False
         self._shutdown = connection.shutdown
 
-    def read_line(self, since: float, parting: bool) -> bytes:
+    def read_line(self, since: float | None, parting: bool) -> bytes:
         """Return the next line, its end included, of up to _MAX_ENDLESS_LINE bytes.
 
-        since: when the client last did something useful: while all slots are taken, it has
-        FULL_TIMEOUT from then. parting: whether it has a moment for this line though the server
-        stops.
+        since: when the client last did something useful, None for now: while all slots are taken,
+        it has FULL_TIMEOUT from then. parting: whether it has a moment for this line though the
+        server stops.
         """
         kind = _PARTING if parting else _VERB
-        if self._slots.ends(kind):
-            raise _ended_by_stop()
-        deadline = _now() + (PARTING_TIMEOUT if parting else self._timeout)
+        now = _now()
+        since = now if since is None else since
+        deadline = now + (PARTING_TIMEOUT if parting else self._timeout)
+        if self._slots.stopping or not self._slots.free:
+            self._look_around(deadline, since, kind)
         data = self._input or self._pull(deadline, since, kind)
         while True:
-            if data.startswith(b"\x16\x03"):        # RFC 8446 5.1: a handshake record
+            if data[0] == 22 and data[1:2] == b"\x03":      # RFC 8446 5.1: a handshake record
                 raise _Ended(None, "the client spoke TLS to a plain port")
             size = data.find(b"\n") + 1
             if (size or len(data)) > _MAX_ENDLESS_LINE:
@@ -937,6 +924,7 @@ class _Wire:
                 self._input = data[size:]
                 return data[:size]
             self._input = b""
+            self._look_around(deadline, since, kind)
             data += self._pull(deadline, since, kind)
 
     def read_piece(self, start: float, received: int) -> bytes:
@@ -946,7 +934,9 @@ class _Wire:
         """
         if not self._input:
             now = _now()
-            return self._pull(self._timeout + min(now, start + received / MIN_RATE), now, _DATA)
+            deadline = self._timeout + min(now, start + received / MIN_RATE)
+            self._look_around(deadline, now, _DATA)
+            return self._pull(deadline, now, _DATA)
         piece, self._input = self._input, b""
         return piece
 
@@ -1020,7 +1010,7 @@ class _Wire:
                     self._connection.unwrap()   # type: ignore[union-attr]
             if linger:
                 self.shut(_SHUT_WR)
-                if self._slots.full:        # somebody may be waiting for this slot
+                if not self._slots.free:        # somebody may be waiting for this slot
                     deadline = _now() + 0.1
                 self._connection.settimeout(0.1)
                 while _now() < deadline and not self._slots.stopping and self._in_turns(
@@ -1033,16 +1023,18 @@ class _Wire:
 
     def _pull(self, deadline: float, since: float, kind: int) -> bytes:
         """Return the client's next bytes, after sending it what is gathered."""
-        self.flush()
-        self._slots.enter(self, kind)
+        if self._output:
+            self.flush()
+        slots, data = self._slots, b""
+        slots.waiting[self] = kind
         try:
-            self._look_around(deadline, since, kind)
-            data: bytes = self._in_turns(self._connection.recv, _CHUNK, deadline, since, kind)
+            if not slots.stopping or not slots.ends(kind):      # by now
+                data = self._in_turns(self._connection.recv, _CHUNK, deadline, since, kind)
         except OSError:
-            data = b""
+            pass
         finally:
-            self._slots.leave(self)
-        if self._slots.ends(kind):      # it was woken, or came too late
+            del slots.waiting[self]
+        if slots.stopping and slots.ends(kind):     # it was woken, or came too late
             raise _ended_by_stop()
         if not data:
             raise _Ended(None, "the client left")
@@ -1055,9 +1047,10 @@ class _Wire:
         """
         try:
             while data and not self._unheard:
-                data = data[self._in_turns(self._connection.send, data, deadline, _now(), _DATA):]
+                since = deadline - self._timeout
+                data = data[self._in_turns(self._connection.send, data, deadline, since, _DATA):]
                 if data:
-                    self._look_around(deadline, _now(), _DATA)
+                    self._look_around(deadline, since, _DATA)
         except ConnectionError:
             self._unheard = True
         except OSError as error:
@@ -1076,10 +1069,10 @@ class _Wire:
 
     def _look_around(self, deadline: float, since: float, kind: int) -> None:
         """Raise _Ended where the wait is over."""
-        now = _now()
-        if self._slots.ends(kind):
+        slots, now = self._slots, _now()
+        if slots.stopping and slots.ends(kind):
             raise _ended_by_stop()
-        if now >= deadline or self._slots.full and now >= since + FULL_TIMEOUT:
+        if now >= deadline or not slots.free and now >= since + FULL_TIMEOUT:
             raise _Ended(Reply(421, "4.4.2", "Waited for too long"),
                          "the client was silent or too slow")
 
@@ -1120,7 +1113,7 @@ class Session:
         self.send(b"250-half a li")         # in a method: raw bytes, malformed or half a line,
         self.flush(); time.sleep(9)         # sent at once; then a stall
         line = self.read_line()             # the client's next line, as it came
-        self.close()                        # the end of the connection, also from another thread
+        self.flush(); self.close()          # the end of the connection, also from another thread
 
     number: of this session in its server, from 1. peer: the client's Peer. helo: the name it
     gave, "" before that. user: as whom it authenticated, or None. tls: whether TLS is spoken.
@@ -1142,7 +1135,7 @@ class Session:
         self._protocol = ""         # by the last greeting, "" before that
         self._room = 0.0            # bytes left for further recipients of the transaction
         self._first_line = True     # no line was read so far
-        self._line_end = b""        # of the last line
+        self._line_end = b""        # the last two bytes of the last line
         self._bare_lf = True        # each line so far ended in LF without CR
         self._errors = 0            # of the protocol
         self._undelivered = False   # at least one mail was not delivered
@@ -1167,7 +1160,7 @@ class Session:
         except BaseException:
             self._log.error("internal error", exc_info=True)
             reply, reason = Reply(421, "4.3.0", "Internal error"), "internal error"
-        if reply:
+        if reply and self._log.debugging:
             self._log_said(bytes(reply))
         self._log.info("closed: %s", reason)
         self._wire.close(bytes(reply) if reply else b"", bool(reply and reply.code != 221))
@@ -1204,7 +1197,8 @@ class Session:
     def send(self, reply: Reply | bytes) -> None:
         """Send a reply, or raw bytes, at the latest before the next wait for the client."""
         data = bytes(reply)
-        self._log_said(data)
+        if self._log.debugging:
+            self._log_said(data)
         self._wire.write(data)
 
     def flush(self) -> None:
@@ -1214,25 +1208,25 @@ class Session:
     def read_line(self) -> bytes:
         """Return the client's next line as it came, its end included; raises if there is none."""
         parting = self._after_data and self._slots.stopping
-        if self.mail:
-            self._last_use = _now()
         try:
-            line = self._wire.read_line(self._last_use, parting)
+            line = self._wire.read_line(None if self.mail else self._last_use, parting)
         except _Ended as end:
             raise (_ended_by_stop() if parting else end) from None
-        self._line_end = b"\r\n" if line.endswith(b"\r\n") else b"\n"
-        self._bare_lf = self._bare_lf and self._line_end == b"\n"
-        _refuse_http(line, self._first_line)
-        self._first_line = False
+        self._after_data = False
+        self._line_end = line[-2:]
+        if self._bare_lf and self._line_end == b"\r\n":
+            self._bare_lf = False
+        if self._first_line or len(line) > MAX_LINE:    # _split_line looks at others, AUTH's apart
+            _refuse_http(line, self._first_line)
+            self._first_line = False
+            if len(line) > MAX_AUTH_LINE:
+                raise _Refused(Reply(500, "5.5.2", "Line too long"))
         if parting and line.strip().upper() != b"QUIT":
             raise _ended_by_stop()
-        self._after_data = False
-        if len(line) > MAX_AUTH_LINE:
-            raise _Refused(Reply(500, "5.5.2", "Line too long"))
         return line
 
     def close(self) -> None:
-        """End the connection at once, and so the session. May be called in any thread."""
+        """End the connection, and so the session; flush() before what was said. In any thread."""
         self._wire.shut(_SHUT_RDWR)
 
     def _answer(self) -> Reply | None:
@@ -1245,13 +1239,15 @@ class Session:
             if method is None:
                 raise _Refused(Reply(500, "5.5.1", "Unknown command"))
             reply = getattr(self, method)(argument)
+            if verb in _PROTOCOLS and reply and reply.code == 250:
+                self.helo, self._protocol, self.mail = argument, _PROTOCOLS[verb], None
         except _Refused as refusal:
             reply = refusal.reply
             self._errors += refusal.is_error
+            if self._errors >= MAX_ERRORS:
+                raise _Ended(Reply(421, "4.7.0", "Too many errors"), "errors") from None
         if reply and reply.code >= 400 and verb in ("MAIL", "RCPT"):
             self._log.info("refused %s %s: %s", verb, _shown(argument), reply._brief())
-        if self._errors >= MAX_ERRORS:
-            raise _Ended(Reply(421, "4.7.0", "Too many errors"), "errors")
         return reply
 
     def _read_verb(self) -> tuple[str, str]:
@@ -1275,16 +1271,11 @@ class Session:
 
     def do_EHLO(self, argument: str) -> Reply | None:
         """Greet the client and tell it the extensions: RFC 5321 4.1.1.1."""
-        self._greet_back(argument, "ESMTP")
         return Reply(250, "", self.hostname, *self.extensions())
 
     def do_HELO(self, argument: str) -> Reply | None:
         """Greet the client: RFC 5321 4.1.1.1."""
-        self._greet_back(argument, "SMTP")
         return Reply(250, "", self.hostname)
-
-    def _greet_back(self, name: str, protocol: str) -> None:
-        self.helo, self._protocol, self.mail = name, protocol, None
 
     def do_STARTTLS(self, argument: str) -> Reply | None:
         """Go on within TLS, as if the session had just begun: RFC 3207."""
@@ -1324,9 +1315,10 @@ class Session:
             first = "; say STARTTLS first" if self._settings.tls and not self.tls else ""
             raise _Refused(Reply(530, "5.7.0", "Authentication required" + first))
         sender, parameters = self._parse_envelope(argument, "FROM", "5.1.7", _MAIL_PARAMETERS)
-        self._check_parameters(parameters)
+        if parameters:
+            self._check_parameters(parameters)
         mail = Mail(sender, peer=self.peer, helo=self.helo, user=self.user, tls=self.tls,
-                    mail_options=_words_of(parameters))
+                    mail_options=_words_of(parameters) if parameters else ())
         self._ask_checks(sender, mail, _SENDER_DEFAULTS)
         self.mail, self._room = mail, min(MAX_RECIPIENT_BYTES, self._settings.room)
         return Reply(250, "2.1.0", "Sender accepted")
@@ -1346,7 +1338,8 @@ class Session:
         except _Refused:
             mail.recipients.pop()
             raise
-        mail.rcpt_options += _words_of(parameters)
+        if parameters:
+            mail.rcpt_options += _words_of(parameters)
         self._room -= size
         return Reply(250, "2.1.5", "Recipient accepted")
 
@@ -1375,7 +1368,7 @@ class Session:
     def do_RSET(self, argument: str) -> Reply | None:
         """Give up the transaction: RFC 5321 4.1.1.5."""
         self._refuse_argument("RSET", argument)
-        self.mail = None
+        self.mail, self._last_use = None, _now()
         return Reply(250, "2.0.0", "Reset")
 
     def do_VRFY(self, argument: str) -> Reply | None:
@@ -1477,7 +1470,7 @@ class Session:
         except _Ended as end:       # a 421 in plain text would not be understood
             raise _Ended(None, "no TLS handshake: " + end.reason) from None
         self.tls = True
-        self._greet_back("", "")
+        self.helo, self._protocol, self.mail = "", "", None
 
     # Authentication
 
@@ -1486,6 +1479,7 @@ class Session:
         import base64
         self.send(Reply(334, "", base64.b64encode(challenge).decode()))
         line = self.read_line()
+        _refuse_http(line)
         self._log.debug("C: (hidden)")
         return _decode_response(line.decode("latin-1"))
 
@@ -1516,12 +1510,14 @@ class Session:
 
     def _read_mail_data(self, mail: Mail) -> Reply | None:
         """Read the mail data to its end, whatever goes wrong; return the reply if anything did."""
-        data = _MailData(self._line_end, self._bare_lf)
+        data = _MailData(b"\r\n" if self._line_end == b"\r\n" else b"\n", self._bare_lf)
         head = self._trace(mail) if self._settings.received else b""
-        problem = self._store(mail, head, iter((head,)), data)
+        problem = None
         start = _now()
         while not data.ended:
             pieces = self._next_pieces(data, start)
+            if not mail.size:
+                pieces = itertools.chain((head,), pieces)
             problem = problem or self._store(mail, head, pieces, data)
             del pieces      # no more than one piece is held while the next comes in
         self._wire.unread(data.rest)
@@ -1581,9 +1577,8 @@ class Session:
     # What the log is told
 
     def _log_said(self, data: bytes) -> None:
-        if self._log.debugging:
-            for line in data.decode("ascii", "backslashreplace").splitlines():
-                self._log.debug("S: %s", line)
+        for line in data.decode("ascii", "backslashreplace").splitlines():
+            self._log.debug("S: %s", line)
 
     def _log_details(self, failure: _Failure) -> None:
         """Log the details; those of a command are errors, those of a caller were meant so."""
@@ -1611,6 +1606,7 @@ class Session:
         return " client=[%s]" % self.peer.host if self.peer.host else ""
 
 
+_PROTOCOLS = {"EHLO": "ESMTP", "HELO": "SMTP"}      # by the greeting: RFC 3848
 _KEPT_VERBS = frozenset(verb.encode() for verb in Session.VERBS if verb != "AUTH")
 
 
@@ -1852,8 +1848,7 @@ class Command:
             if bare != text:
                 import shlex
                 words = shlex.split(text)
-            import shutil
-            program = shutil.which(words[0])
+            program = _find_program(words[0])
             if program:
                 self._warn_if(_missing_interpreter(program))
                 return program, words
@@ -1870,7 +1865,6 @@ class Command:
 
         words: those of a command that needs no shell.
         """
-        import shutil
         import subprocess
 
         def ask(*arguments: str) -> tuple[int, str]:
@@ -1879,7 +1873,7 @@ class Command:
             return done.returncode, done.stderr.decode("utf-8", "replace").strip()
         word = re.match(r"(?:\w+=\S* +|exec +)*(['\"]?)([\w./+-]+)\1(?:\s|$)", self.text.strip())
         name = word.group(2) if word else words[0] if words else ""
-        missing = name and not shutil.which(name)
+        missing = name and not _find_program(name)
         try:
             status, errors = ask("-n", "-c", self.text + ' "$@"')
             if status:
@@ -1979,6 +1973,18 @@ def _find_reparser(words: list[str]) -> str:
             if not _SHELLS.isdisjoint((name, re.split("[^a-z]", name)[0])):
                 return "%s may hand it to a shell" % name
     return ""
+
+
+def _find_program(name: str) -> str | None:
+    """The path of a program, None where there is none that can be executed.
+
+    As shutil.which has it, whose import would cost inetd users some milliseconds.
+    """
+    places = [""] if "/" in name else os.environ.get("PATH", os.defpath).split(os.pathsep)
+    for path in (os.path.join(place, name) for place in places):
+        if os.path.isfile(path) and os.access(path, os.X_OK):
+            return path
+    return None
 
 
 def _missing_interpreter(program: str) -> str:
@@ -2319,7 +2325,7 @@ class Server:
         self._session = session
         self._log = _library_log(log)
         self._numbers = itertools.count(1)
-        self._starting = threading.Lock()
+        self._starting = threading.RLock()
         self._service: _Service | None = None       # while it is started
 
     @property
@@ -2334,8 +2340,9 @@ class Server:
         self._settings = self._settings._replace(tls=context)
 
     def __enter__(self) -> Server:
-        if not self._service or self._service.slots.stopping:
-            self.start()
+        with self._starting:
+            if not self._serves():
+                self.start()
         return self
 
     def __exit__(self, *error: object) -> None:
@@ -2344,7 +2351,7 @@ class Server:
     def start(self) -> None:
         """Listen, and serve in threads; raise OSError if it cannot, RuntimeError if it does so."""
         with self._starting:
-            if self._service and not self._service.slots.stopping:
+            if self._serves():
                 raise RuntimeError("the server has been started already")
             sockets = self._sockets or _listen(self._hosts, self._port)
 
@@ -2375,13 +2382,17 @@ class Server:
 
     def serve_forever(self) -> None:
         """Serve, starting if need be, until stop() elsewhere; after KeyboardInterrupt call that."""
-        if not self._service:
-            self.start()
-        service = self._service
+        with self._starting:
+            if not self._service:
+                self.start()
+            service = self._service
         if service:         # not stopped since
             while not service.wait():
                 pass
             self._finish(service)
+
+    def _serves(self) -> bool:
+        return self._service is not None and not self._service.slots.stopping
 
     def _finish(self, service: _Service) -> None:
         """Wait for the end of what was started as this."""
@@ -2407,7 +2418,7 @@ class _Service:
         import selectors
         import socket
         self.slots = _Slots()
-        self.slots.free = set()          # the numbers of threads
+        self.slots.free = set()             # the numbers of threads
         self._number, self._log, self._serve = number, log, serve
         self._pid = os.getpid()
         self._threads: list[threading.Thread] = []
@@ -2499,7 +2510,6 @@ class _Service:
 
     def _work(self, number: int) -> None:
         """What each thread does: accept a client, serve it, and again, until the service stops."""
-        assert self.slots.free is not None
         with self._starting:
             if number >= self._number:
                 return

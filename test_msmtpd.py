@@ -1246,7 +1246,8 @@ class Smuggling(WireCase):
                 client.send(b"HELO x" + line_end)
                 client.reply(), client.reply()
                 for sent, expected in cases:
-                    for cuts in itertools.combinations(range(1, len(sent) + 3), 3):
+                    inside = range(1, len(sent) + 3)
+                    for cuts in (inside, *itertools.combinations(inside, 2)):
                         # There is another end behind it, but it is not the first.
                         mail = self.mail(client, sent + tail, cuts, head)
                         self.assertEqual(mail.data, expected, (sent, cuts))
@@ -3764,6 +3765,10 @@ def python(before="", behind=""):
             "msmtpd; %ssys.exit(msmtpd.main(sys.argv[2:]))" % (before, behind), HERE)
 
 
+def encoded(text, encoding="utf-8"):
+    return base64.b64encode(text.encode(encoding)).decode()
+
+
 def free_port():
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
@@ -5584,7 +5589,8 @@ class Encryption(PeerCase):
                 with contextlib.suppress(OSError):      # the server does not answer in kind
                     client.sock.unwrap()
             client.close()
-        wait_for(lambda: self.logged().count("in mid-transaction, the client left") == 2, "the sessions to end")
+        wait_for(lambda: self.logged().count("in mid-transaction, the client left") == 2,
+                 "the sessions to end")
         self.assertEqual(self.delivered(), [])
 
     def test_old_versions_are_refused(self):

@@ -73,7 +73,7 @@ if TYPE_CHECKING:
     import socket
     import ssl
     from collections.abc import Callable, Iterable, Iterator, Sequence
-    from typing import Any, BinaryIO, NoReturn, TextIO, Union
+    from typing import Any, BinaryIO, ContextManager, NoReturn, TextIO, Union
 
     Deliver = Callable[["Mail"], Union[str, None]]      # not object: that would hide an async one
     Check = Callable[[str, "Mail"], None]
@@ -1255,7 +1255,7 @@ class Session:
         line = self.read_line()
         # A line that may hold a password is neither cached nor logged: AUTH's, and unknown verbs,
         # since a client whose AUTH was refused may send it all the same.
-        keep = line[:5].rstrip().upper() in _KEPT_VERBS
+        keep = line[:5].rstrip().upper() in _KEPT_VERBS     # which have four letters each
         if len(line) > MAX_LINE and line[:5].upper().rstrip() != b"AUTH":
             raise _Refused(Reply(500, "5.5.2", "Line too long"))
         try:
@@ -1288,7 +1288,7 @@ class Session:
         return None
 
     def do_AUTH(self, argument: str) -> Reply | None:
-        """Authenticate the client, by PLAIN or LOGIN: RFC 4954."""
+        """Authenticate the client: RFC 4954."""
         if not self._authenticator:
             raise _Refused(Reply(502, "5.5.1", "AUTH is not offered"))
         if self._settings.tls and not self.tls:
@@ -1607,7 +1607,8 @@ class Session:
 
 
 _PROTOCOLS = {"EHLO": "ESMTP", "HELO": "SMTP"}      # by the greeting: RFC 3848
-_KEPT_VERBS = frozenset(verb.encode() for verb in Session.VERBS if verb != "AUTH")
+_KEPT_VERBS = frozenset(verb.encode() for verb in Session.VERBS
+                        if len(verb) == 4 and verb != "AUTH")
 
 
 def _words_of(parameters: dict[str, str | None]) -> list[str]:
@@ -1636,6 +1637,9 @@ def _decode_response(text: str) -> bytes:
         raise _Refused(Reply(501, "5.5.2", "Bad base64")) from None
 
 
+# A mechanism asks the client for what `initial`, a response that came with AUTH, has not said, and
+# returns user name and password, or raises ValueError saying what is wrong with a response.
+
 def _plain(ask: Ask, initial: bytes | None) -> tuple[str, str]:
     """PLAIN: RFC 4616 section 2. For whom the user wants to act is ignored."""
     fields = (ask(b"") if initial is None else initial).split(b"\0")
@@ -1650,8 +1654,6 @@ def _login(ask: Ask, initial: bytes | None) -> tuple[str, str]:
     return _decode_text(user), _decode_text(ask(b"Password:"))
 
 
-# Each asks the client for what `initial`, a response that came with AUTH, has not said, and
-# returns user name and password, or raises ValueError saying what is wrong with a response.
 _MECHANISMS = {"PLAIN": _plain, "LOGIN": _login}
 
 
@@ -2409,8 +2411,8 @@ class _Service:
     """What serves from a start of the server to its stop: the listeners and the threads.
 
     Each thread accepts a client and serves it: so a client is not handed over to another thread,
-    and one for whom no thread is free stays in the listen queue. One at a time waits for clients,
-    the others for their turn.
+    and one for whom no thread is free stays in the listen queue. A client wakes only one of those
+    that wait: epoll(7) sees to that on Linux; elsewhere one waits, the others for their turn.
     """
 
     def __init__(self, sockets: Sequence[socket.socket], number: int, log: _Log,
@@ -2423,8 +2425,6 @@ class _Service:
         self._pid = os.getpid()
         self._threads: list[threading.Thread] = []
         self._starting = threading.Lock()   # held while they are started
-        # Of the thread that waits for clients; a signal handler may take it again in `join`.
-        self._turn = threading.RLock()
         self._running = threading.Lock()    # held until the stop
         self._running.acquire()
         self._pause = 0.0                   # seconds to wait after the last try, if that failed
@@ -2438,9 +2438,18 @@ class _Service:
             self._stop_seen, self._stop_told = socket.socketpair()
             opened.enter_context(self._stop_seen)
             opened.enter_context(self._stop_told)
-            self._selector = opened.enter_context(selectors.DefaultSelector())
-            for each in (self._stop_seen, *sockets):
-                self._selector.register(each, selectors.EVENT_READ, each)
+            self._by_descriptor = {each.fileno(): each for each in (self._stop_seen, *sockets)}
+            self._turn: ContextManager[object] = contextlib.nullcontext()
+            if hasattr(select, "epoll"):        # which eventlet and gevent take away
+                self._epoll: select.epoll | None = opened.enter_context(select.epoll())
+                self._epoll.register(self._stop_seen, select.EPOLLIN)
+                for listener in sockets:
+                    self._epoll.register(listener, select.EPOLLIN | select.EPOLLONESHOT)
+            else:
+                self._epoll, self._turn = None, threading.Lock()
+                self._selector = opened.enter_context(selectors.DefaultSelector())
+                for each in self._by_descriptor.values():
+                    self._selector.register(each, selectors.EVENT_READ, each)
             self._opened = opened.pop_all()
 
     def start(self) -> None:
@@ -2469,7 +2478,7 @@ class _Service:
         """Wait for the stop, half a second at most; return whether it has come."""
         # No longer: a signal that the kernel gives to another thread does not end a wait.
         if not self.slots.stopping:
-            self._running.acquire(timeout=0.5)
+            self._running.acquire(timeout=min(0.5, TURN))
         return self.slots.stopping
 
     def drain(self, grace: float, patience: float) -> None:
@@ -2494,8 +2503,9 @@ class _Service:
         if os.getpid() != self._pid:
             self._opened.close()
             return True
-        with self._turn:        # nobody waits for a client any more
-            self._opened.close()
+        while self.slots.free:      # those who wait for a client will cease to
+            time.sleep(0.001)
+        self._opened.close()
         if threading.current_thread() in self._threads:
             return False        # stop() in a deliver waits for nobody
         for thread in self._threads:
@@ -2529,24 +2539,39 @@ class _Service:
 
     def _accept(self) -> tuple[socket.socket, object] | None:
         """Wait, and return a client and its address; None if it is to be called again."""
-        with self._turn:
-            if self.slots.stopping:
-                return None
-            try:
-                for key, _ in self._selector.select():
-                    if key.data is self._stop_seen:
-                        return None
-                    accepted: tuple[socket.socket, object] = key.data.accept()
+        ready: list[socket.socket] = []
+        try:
+            with self._turn:
+                if self.slots.stopping:
+                    return None
+                if self._epoll:
+                    ready = [self._by_descriptor[each] for each, _ in self._epoll.poll(None, 1)]
+                else:
+                    ready = [key.data for key, _ in self._selector.select()]
+                if ready and self._stop_seen not in ready:
+                    accepted = ready[0].accept()
                     self._pause = 0.0
                     return accepted
-            except (BlockingIOError, ConnectionAbortedError):       # the client has left
-                pass
-            except Exception as error:      # descriptors or memory are short, which passes
-                is_first, self._pause = not self._pause, min(2 * self._pause, 1.0) or 0.1
-                if is_first:
-                    self._log.error("cannot accept, will try again: %s", _why(error))
-                time.sleep(self._pause)     # nobody else tries meanwhile
+        except (BlockingIOError, ConnectionAbortedError):       # the client has left
+            pass
+        except Exception as error:      # descriptors or memory are short, which passes
+            is_first, self._pause = not self._pause, min(2 * self._pause, 1.0) or 0.1
+            if is_first:
+                self._log.error("cannot accept, will try again: %s", _why(error))
+            time.sleep(self._pause)
+        finally:
+            self._rearm(ready)
         return None
+
+    def _rearm(self, listeners: list[socket.socket]) -> None:
+        """Let epoll(7) tell of the next client; where that failed, the listener would be deaf."""
+        for listener in listeners:
+            while self._epoll and listener is not self._stop_seen and not self.slots.stopping:
+                try:
+                    self._epoll.modify(listener, select.EPOLLIN | select.EPOLLONESHOT)
+                    break
+                except OSError:
+                    time.sleep(0.1)
 
 
 def _require_server_context(context: object) -> None:

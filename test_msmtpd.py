@@ -20,7 +20,6 @@ import faulthandler
 import fcntl
 import functools
 import gc
-import grp
 import hashlib
 import importlib.util
 import io
@@ -295,9 +294,12 @@ class ProgramCase(Case):
         self.capture = self.script("capture", CAPTURE)
         self.log = os.path.join(self.folder, "log")
 
+    def path(self, name):
+        return os.path.join(self.folder, name)
+
     def script(self, name, text):
         """Write an executable file and return its path."""
-        path = os.path.join(self.folder, name)
+        path = self.path(name)
         with open(path, "w", encoding="utf-8", newline="") as file:
             file.write(text)
         os.chmod(path, 0o755)
@@ -1301,27 +1303,6 @@ class CrossProtocol(WireCase, ProgramCase):
                          ["220"] + ["500"] * 9 + ["421"])
 
 
-class Devices(ServerCase):
-    """Clients that cannot be had for a test, in the dialogues that they hold."""
-
-    def test_camera_says_ehlo_then_helo_then_auth(self):
-        mail, = self.check_dialogue(dialogue("""
-            EHLO IP CAMERA -> 250-localhost|250-|250-|250-|250-|250-|250 AUTH PLAIN LOGIN
-            HELO IP CAMERA -> 250 localhost
-            AUTH LOGIN -> 334 VXNlcm5hbWU6
-            am9l -> 334 UGFzc3dvcmQ6
-            c2VjcmV0 -> 235 2.7.0 Authenticated
-            MAIL FROM: <a@example.org> -> 250 2.1.0
-            RCPT TO:b@example.org -> 250 2.1.5
-            DATA -> 354
-            Subject: scan\\r\\n\\r\\nSee attachment\\r\\n. -> 250 2.0.0 Delivered
-            QUIT -> 221 2.0.0 Goodbye
-            """), authenticate=lambda *given: given == ("joe", "secret"))
-        self.assertEqual(vars_of(mail), (
-            "a@example.org", ["b@example.org"], b"Subject: scan\n\nSee attachment\n", "IP CAMERA",
-            "joe", False))
-
-
 # The command
 
 def is_running(pid):
@@ -1365,9 +1346,12 @@ def in_fork(function):
     return os.WEXITSTATUS(os.waitpid(pid, 0)[1])
 
 
-SHELL_WORDS = ("a;b@c.example", "a|b@c.example", "$(touch${IFS}x)@c.example", "`touch`@c.example",
-               "o'brien@c.example", "r&d@c.example", '"a b"@c.example', '"$(touch x)"@c.example',
-               "a>x@c.example", "*@c.example", "~root@c.example", "a{b,c}@c.example")
+# Local parts that mean something to a shell. Some are addresses only between quotes.
+HOSTILE = ["o'brien", "r&d", "`touch${IFS}HIT`", "a|touch${IFS}HIT", "a&touch${IFS}HIT&", "a*",
+           "~root", "{touch}", "#a", "!a", "$HOME", "a&&b", "a^b", "?",
+           '"$(touch HIT)"', '"$(touch${IFS}HIT)"',
+           '"`touch HIT`"', '";touch HIT;"', '"|touch HIT"', '">HIT"', '"<HIT"',
+           '"\\"; touch HIT; \\""', '"a\' ; touch HIT; \'b"', '"-f"', '"a b"', '"%F"']
 
 
 class AddressRule(Case):
@@ -1382,25 +1366,20 @@ class AddressRule(Case):
         "cat <x %F", "cat *", "cat ~ %F", "A=b cat %F", "cat # %F", "/usr/bin/ssh host cat %F",
         "nice ssh host", "cat --rsh=ssh %F", "cat -e 'nice ssh' %F", "xargs cat", "busybox sh",
         "su -c cat", "sudo cat %F", "cat \"$HOME\" %F", "nosuchprogram %F", "cat -f %F%F",
-        "exec cat %F", "/bin/bash5.2 %F", "env bash-static %F", "env systemd-run1 cat",
-        "env zsh5-static", "env sudo.ws cat", "env su-exec cat", "cat {a,b} %F", "cat && cat",
-        "! cat")
+        "exec cat %F", "/bin/bash5.2 %F", "env systemd-run1 cat", "env zsh5-static",
+        "env sudo.ws cat", "env su-exec cat", "cat {a,b} %F", "cat && cat", "! cat")
 
-    def test_safe_commands_take_every_address(self):
-        for text in self.SAFE:
-            command = msmtpd.Command(text)
-            for address in SHELL_WORDS:
-                with self.subTest(text, address=address):
-                    command.check(address)
-
-    def test_other_commands_take_inert_ones_only(self):
-        for text in self.UNSAFE:
+    def test_commands_that_take_every_address_and_those_that_take_inert_ones_only(self):
+        for text in self.SAFE + self.UNSAFE:
             command = msmtpd.Command(text)
             with self.subTest(text):
                 command.check("a.b+c=d@c.example")
-                for address in SHELL_WORDS:
-                    with self.assertRaises(msmtpd.PermanentFailure, msg=address):
-                        command.check(address)
+                for local in HOSTILE:
+                    check = functools.partial(command.check, local + "@c.example")
+                    if text in self.SAFE:
+                        check()
+                    else:
+                        self.assertRaises(msmtpd.PermanentFailure, check)
 
     def test_what_is_inert(self):
         command = msmtpd.Command("cat %F; :")
@@ -1433,8 +1412,7 @@ class AddressRule(Case):
 
     def test_commands_that_cannot_work(self):
         for text in ("", "  ", "cat\ncat", "cat\0", "cat;", "cat &", "cat | ", "cat >", "cat <",
-                     "cat &&", "if", "cat | { ", "while", "cat 'x", 'cat "x', "if cat", "cat )",
-                     "cat ${"):
+                     "cat &&", "if", "cat | { ", "while", "cat 'x", 'cat "x', "cat )"):
             with self.subTest(text), self.assertRaises(ValueError):
                 msmtpd.Command(text)
         for text in "cat %F\r", "cat -f\r%F --", "cat %F\r; cat":
@@ -1446,10 +1424,9 @@ class AddressRule(Case):
 
     def test_commands_that_may_not_work(self):
         for text, count in (("cat # %F", 1), ("cat %F #", 1), ("true;#x %F", 1),
-                            ("cat <&0 # %F", 1), ("nosuchprogram %F", 1),
                             ("./nosuchprogram %F", 1), ("/dev/null %F", 1), ("/ %F", 1),
                             ("'/no/such' %F", 1), ('A=1 B=2 "nosuchprogram" %F', 1),
-                            ("exec nosuchprogram %F", 1), ("A=1 exec cat %F", 0), ("'cat' %F", 0),
+                            ("A=1 exec cat %F", 0), ("'cat' %F", 0),
                             ("cat 'a # b'", 0), ("cat a#b", 0), ("exec cat", 0),
                             ("cat $(true)", 0), ("f() { cat; }; f", 0)):
             with self.subTest(text):
@@ -1480,9 +1457,6 @@ class CommandCase(ProgramCase):
         failure, _ = self.run_command(command, mail)
         self.assertEqual((failure.code, failure.enhanced), (code, enhanced))
         return failure
-
-    def path(self, name):
-        return os.path.join(self.folder, name)
 
     def wait_for_pid(self, name="pid"):
         """The process id that a script has written to a file."""
@@ -1525,16 +1499,17 @@ class Delivery(CommandCase):
 
     def test_exit_statuses(self):
         script = self.script("exit", "#!/bin/sh\nexit $1\n")
-        for status in (*range(3), *range(64, 79), 100, 111, 123, 125, 128, *REPLIES):
-            for text in "%s %d", "%s %d || exit $?":
-                with self.subTest(text, status=status):
-                    failure, outcome = self.run_command(text % (script, status))
-                    self.assertEqual(failure and (failure.code, failure.enhanced),
-                                     REPLIES.get(status, (554, "5.3.0")))
-                    self.assertEqual(outcome, "exit=%d" % status)
+        cases = [(text, status) for status in (1, *range(64, 79), 123, 128, *REPLIES)
+                 for text in ("%s %d", "%s %d || exit $?")]
+        results = at_once(lambda case: self.run_command(case[0] % (script, case[1])), cases)
+        for (text, status), (failure, outcome) in zip(cases, results):
+            with self.subTest(text, status=status):
+                self.assertEqual(failure and (failure.code, failure.enhanced),
+                                 REPLIES.get(status, (554, "5.3.0")))
+                self.assertEqual(outcome, "exit=%d" % status)
 
     def test_signals(self):
-        for number in (signal.SIGKILL, signal.SIGPIPE, signal.SIGTERM, signal.SIGSEGV):
+        for number in (signal.SIGKILL, signal.SIGTERM, signal.SIGSEGV):
             script = self.script("die", "#!/bin/sh\nulimit -c 0; kill -%d $$\n" % number)
             failure, outcome = self.run_command(script)
             self.assertEqual((failure.code, failure.enhanced), (451, "4.3.0"))
@@ -1570,7 +1545,7 @@ class Delivery(CommandCase):
             self.assertEqual(self.run_command("cat >/dev/null; exit 1; :", mail)[1], "exit=1")
 
     def test_mails_of_any_size_arrive_whole_and_stay(self):
-        for size in (0, 1, 4096, 65535, 65536, 65537, 131072, 131073, 200000, 3000000):
+        for size in (0, 1, 65535, 65536, 65537, 131072, 131073, 3000000):
             with self.subTest(size):
                 data = os.urandom(size)
                 mail = msmtpd.Mail("a@b", ["c@d"], data)
@@ -1579,39 +1554,6 @@ class Delivery(CommandCase):
                 self.assertEqual(self.delivered()[-1][1], data)
                 self.run_command("head -c 10 >/dev/null; true", mail)
                 self.assertEqual((mail.data, mail.file.read(5)), (data, data[:5]))
-
-    @unittest.skipUnless(sys.platform == "linux", "pipes of Linux")
-    def test_mails_that_no_pipe_holds_arrive_whole(self):
-        """Who has many pipes gets small ones only: pipe(7), pipe-user-pages-soft.
-
-        Then it is a file, or memory where that cannot be written.
-        """
-        for folder in self.folder, self.path("mails"):
-            os.chmod(folder, 0o777)
-        with open("/proc/sys/fs/pipe-user-pages-soft", encoding="ascii") as file:
-            number = int(file.read()) // 16 + 20
-
-        def run():
-            if os.geteuid() == 0:
-                os.setuid(20000 + os.getpid() % 40000)      # one who has no other pipes
-            hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
-            resource.setrlimit(resource.RLIMIT_NOFILE, (min(2 * number + 100, hard), hard))
-            pipes = [os.pipe() for _ in range(number)]
-            if fcntl.fcntl(pipes[-1][1], 1032) > 16384:     # F_GETPIPE_SZ
-                return 77
-            for tempfile.tempdir in None, "/nonexistent":
-                for size in 60000, 100000:
-                    mail = msmtpd.Mail("a@b", ["c@d"], os.urandom(size))
-                    if size == 60000:
-                        with soft_limit(resource.RLIMIT_FSIZE, 4096):
-                            self.assert_fails("true", 452, "4.3.1", mail)
-                    self.assertEqual(self.run_command(self.capture, mail)[1], "exit=0")
-                    self.assertEqual(self.delivered()[-1][1], mail.data)
-            return 0
-        status = in_fork(run)
-        if status == 77:
-            self.skipTest("no limit of this user's pipes")
-        self.assertEqual(status, 0)
 
     def test_its_words_end_the_reply(self):
         script = self.script("moan", "#!/bin/sh\nprintf 'no\\033 way\\n\\nsorry\\n' >&2; exit 1\n")
@@ -1649,9 +1591,6 @@ class Delivery(CommandCase):
         for name in scripts:
             self.wait_for_end(self.wait_for_pid(name + "-pid"))
         self.assertTrue(os.path.exists(self.path("done")), "KILL came before its time")
-
-    def test_a_time_limit_of_years(self):
-        self.assertEqual(self.run_command("sleep 0.05; :", timeout=9e8)[1], "exit=0")
 
     def delay_start(self, script, seconds):
         """Make the next start of a script take so long, by a lease; return a pipe that tells of it.
@@ -1726,19 +1665,13 @@ class Delivery(CommandCase):
         self.wait_for_end(self.wait_for_pid())
 
     @needs_root
+    @unittest.skipUnless(shutil.which("setpriv"), "no setpriv")
     def test_one_that_cannot_be_ended_holds_nothing_up(self):
         """Such as one that runs as another user."""
         self.limit(KILL_DELAY=0.05, MAX_UNENDED=1)
-        command = msmtpd.Command(self.script("other", textwrap.dedent("""\
-            #!%s -IS
-            import os, sys, time
-            if sys.stdin.read() == "x\\n":
-                file = open("%s", "w")
-                os.setuid(65533)
-                file.write(str(os.getpid()))
-                file.close()
-                time.sleep(60)
-            """) % (sys.executable, self.path("pid"))), timeout=0.3)
+        command = msmtpd.Command(self.script("other", (
+            "#!/bin/sh\ntest \"$(cat)\" = x || exit 0\nexec setpriv --reuid=65533 --clear-groups "
+            "sh -c 'echo $$ >&3; exec sleep 60' 3>%s\n") % self.path("pid")), timeout=0.3)
         mail, other = (msmtpd.Mail("a@b", ["c@d"], data) for data in (b"x\n", b"y\n"))
         with concurrent.futures.ThreadPoolExecutor(1) as pool:
             running = pool.submit(self.assert_fails, command, 451, "4.3.0", mail)
@@ -1758,23 +1691,16 @@ class Delivery(CommandCase):
 
     def test_children_left_behind_hold_nothing_up(self):
         script = self.script("fork", "#!/bin/sh\nsleep 60 <&0 &\necho $! > %s/pid\n" % self.folder)
-        started = time.monotonic()
         self.assertEqual(self.run_command(script)[1], "exit=0")
-        self.assertLess(time.monotonic() - started, 30)
         os.kill(self.wait_for_pid(), signal.SIGKILL)
         script = self.script("fork", "#!/bin/sh\nyes >&2 &\nsleep 0.1\nexit 1\n")
-        results = []        # which never come if it reads to the end
-        thread = threading.Thread(target=lambda: results.append(self.run_command(script)),
-                                  daemon=True)
-        thread.start()
-        thread.join(PATIENCE)
-        self.assertEqual([outcome for _, outcome in results], ["exit=1"])
+        self.assertEqual(self.run_command(script)[1], "exit=1")     # never, if it reads to the end
 
-    def output_of(self, text, mail=None):
-        """What a command writes to its standard output."""
+    def output_of(self, text):
+        """What a command writes to its standard output, run for a mail to nobody."""
         with tempfile.TemporaryFile("w+") as output:
-            mail = mail or msmtpd.Mail("a@b")
-            self.assertEqual(self.run_command(text, mail, stdout=output.fileno())[1], "exit=0")
+            self.assertEqual(self.run_command(text, msmtpd.Mail("a@b"),
+                                              stdout=output.fileno()), (None, "exit=0"))
             output.seek(0)
             return output.read()
 
@@ -1813,12 +1739,6 @@ class Delivery(CommandCase):
                 command(msmtpd.Mail("a@b", ["c@d"], user=user))
                 with open(self.path("out"), "rb") as file:
                     self.assertEqual(file.read(), b"\xff before %b " % shown)
-
-    def test_no_argument_is_cut_at_a_nul(self):
-        for sender, recipients in (("a\0@b", ["c@d"]), ("a@b", ["c@d", "e@f\0.g"])):
-            self.assert_fails(self.capture + " -f %F", 451, "4.3.0",
-                              msmtpd.Mail(sender, recipients, b"x\n"))
-        self.assertEqual(self.delivered(), [])
 
     def test_where_its_host_lacks_a_descriptor(self):
         command = msmtpd.Command(self.capture)
@@ -1861,8 +1781,7 @@ class Delivery(CommandCase):
         with mock.patch.dict(sys.modules, ctypes=None):
             for test in (self.test_arguments_and_input, self.test_signals,
                          self.test_what_cannot_be_started, self.test_what_it_inherits,
-                         self.test_a_script_without_an_interpreter_line_is_the_shells,
-                         self.test_its_words_end_the_reply, self.test_a_lost_status_is_no_success,
+                         self.test_a_lost_status_is_no_success,
                          self.test_its_environment_is_that_of_when_it_was_made_and_names_the_user,
                          self.test_no_descriptor_is_left_open):
                 shutil.rmtree(self.path("mails"))
@@ -1959,37 +1878,49 @@ class Authentication(ServerCase):
         self.assertEqual(mails[0].user, "user")
         self.assertIn(b"with ESMTPA;", mails[0].data)
 
-    def test_helo_will_do_as_the_greeting(self):
-        """Of clients that read one line a reply, such as small devices."""
-        for lines in (["AUTH PLAIN " + self.RIGHT],
-                      ["AUTH LOGIN", encoded("user"), encoded("secret")]):
-            with self.subTest(lines), Client(self.serve()) as client:
-                client.reply()
-                self.assertEqual(client.do("HELO x", *lines)[:9], "235 2.7.0")
-                self.assertEqual(client.do("MAIL FROM:<a@b>")[:3], "250")
-
-    def test_login(self):
-        server = self.serve(authenticate=msmtpd.one_user("j\u00f6", "\u00fc"))
+    def test_exchanges(self):
+        pairs = ("j\u00f6", "\u00fc"), ("user", "secrets"), ("user", "p" * 8000)
+        server = self.serve(authenticate=lambda *pair: pair in pairs, auth_required=False)
         user, password = encoded("j\u00f6"), encoded("\u00fc")
+        right = encoded("\0user\0secrets")     # which ends in two =
         for lines in (
                 ("AUTH LOGIN", "334 VXNlcm5hbWU6", user, "334 UGFzc3dvcmQ6", password, "235 2.7.0"),
                 ("auth login " + user, "334 UGFzc3dvcmQ6", password, "235 2.7.0"),
-                ("AUTH LOGIN  " + user, "334 UGFzc3dvcmQ6", password, "235 2.7.0"),
-                ("AUTH LOGIN " + user, "334 UGFzc3dvcmQ6", "*", "501 5.5.2"),
+                ("AUTH LOGIN  " + user, "334 UGFzc3dvcmQ6", "*", "501 5.5.2"),
                 ("AUTH LOGIN =", "334 UGFzc3dvcmQ6", password, "535 5.7.8"),
-                ("AUTH LOGIN", "334 VXNlcm5hbWU6", "us!", "501 5.5.2")):
+                ("AUTH LOGIN", "334 VXNlcm5hbWU6", "us!", "501 5.5.2"),
+                ("MAIL FROM:<a@b>", "250", "AUTH PLAIN", "503 5.5.1"),
+                # White space and a missing end, as the libraries of some devices send them.
+                ("AUTH PLAIN " + right[:-2], "235"), ("AUTH PLAIN\t" + right[:-1] + "\t", "235"),
+                ("AUTH PLAIN", "334", " " + right[:-2] + " \t", "235"),
+                ("AUTH LOGIN", "334", encoded("user")[:-2] + " \r", "334",
+                 "\t" + encoded("secrets")[:-1], "235"),
+                # Latin-1, as of Emacs and Tcl; also one by one, an old name with a new password.
+                ("AUTH PLAIN " + encoded("\0j\u00f6\0\u00fc", "latin-1"), "235"),
+                ("AUTH LOGIN", "334", encoded("j\u00f6", "latin-1"), "334",
+                 encoded("\u00fc", "latin-1"), "235"),
+                ("AUTH LOGIN " + encoded("j\u00f6", "latin-1"), "334", password, "235"),
+                # Another identity to act as, and long responses.
+                ("auth plain " + encoded("someone\0user\0" + "p" * 8000), "235"),
+                ("AUTH PLAIN", "334", encoded("\0user\0" + "p" * 8000), "235"),
+                ("AUTH PLAIN", "334", "x" * 12287, "500 5.5.2", "NOOP", "250"),
+                # A web page's.
+                ("AUTH LOGIN", "334", "POST / HTTP/1.1", "421 4.7.0")):
             with self.subTest(lines), Client(server) as client:
                 client.open()
                 for sent, answer in zip(lines[::2], lines[1::2]):
                     self.assertEqual(client.do(sent)[:len(answer)], answer)
+                if answer[:3] == "421":
+                    self.assertEqual(client.rest(), "")
 
-    def test_not_in_a_transaction(self):
-        with Client(self.serve(auth_required=False)) as client:
-            self.assertEqual(client.open("MAIL FROM:<a@b>", "AUTH PLAIN")[:9], "503 5.5.1")
-
-    def test_challenge_of_plain_is_empty(self):
+    def test_helo_will_do_as_the_greeting_and_the_challenge_of_plain_is_empty(self):
+        """Clients that read one line a reply say no EHLO, such as small devices."""
         with Client(self.serve()) as client:
-            self.assertEqual(client.open("AUTH PLAIN"), "334 ")
+            client.reply()
+            self.assertEqual(client.do("HELO x", "AUTH LOGIN"), "334 VXNlcm5hbWU6")
+            self.assertEqual(client.do("*", "AUTH PLAIN"), "334 ")
+            self.assertEqual(client.do(self.RIGHT)[:9], "235 2.7.0")
+            self.assertEqual(client.do("MAIL FROM:<a@b>")[:3], "250")
 
     def test_responses_that_are_none(self):
         self.limit(MAX_ERRORS=100)
@@ -2003,33 +1934,6 @@ class Authentication(ServerCase):
                     with self.subTest(lines):
                         self.assertEqual(client.do(*lines)[:9], "501 5.5.2")
             self.assertEqual(client.do("AUTH PLAIN " + self.RIGHT)[:3], "235")
-
-    def test_white_space_and_a_missing_end_are_no_reason(self):
-        """So send them the libraries of some devices."""
-        server = self.serve(authenticate=msmtpd.one_user("user", "secrets"))
-        right = encoded("\0user\0secrets")
-        self.assertEqual(right[-2:], "==")
-        for lines in (["AUTH PLAIN " + right[:-2]], ["AUTH PLAIN\t" + right[:-1] + "\t"],
-                      ["AUTH PLAIN", " " + right[:-2] + " \t"],
-                      ["AUTH LOGIN", encoded("user")[:-2] + " \r", "\t" + encoded("secrets")[:-1]]):
-            with self.subTest(lines), Client(server) as client:
-                self.assertEqual(client.open(*lines)[:3], "235")
-
-    def test_any_authorization_identity_and_long_responses(self):
-        long = "p" * 8000
-        server = self.serve(authenticate=msmtpd.one_user("user", long))
-        for lines in (["auth plain " + encoded("someone\0user\0" + long)],
-                      ["AUTH PLAIN", encoded("\0user\0" + long)]):
-            with Client(server) as client:
-                self.assertEqual(client.open(*lines)[:3], "235")
-        with Client(server) as client:
-            self.assertEqual(client.open("AUTH PLAIN", "x" * 12287)[:9], "500 5.5.2")
-            self.assertEqual(client.do("NOOP")[:3], "250")
-
-    def test_no_web_page_in_between(self):
-        with Client(self.serve()) as client:
-            self.assertEqual(client.open("AUTH LOGIN", "POST / HTTP/1.1")[:9], "421 4.7.0")
-            self.assertEqual(client.rest(), "")
 
     def test_failures_are_among_the_ten_errors(self):
         """Three are too few: a client spends two on one mistyped password."""
@@ -2080,19 +1984,6 @@ class Authentication(ServerCase):
             self.assertFalse(check(user, password))
         self.assertFalse(msmtpd.one_user("\udcff", "x")("user", "x"))
 
-    def test_what_is_not_utf_8_is_latin_1(self):
-        """Emacs and Tcl send an umlaut so."""
-        server = self.serve(authenticate=msmtpd.one_user("j\u00f6", "s\u00e9cr\u00e8t"))
-        for encoding in "utf-8", "latin-1":
-            user, password = encoded("j\u00f6", encoding), encoded("s\u00e9cr\u00e8t", encoding)
-            for lines in (["AUTH PLAIN " + encoded("\0j\u00f6\0s\u00e9cr\u00e8t", encoding)],
-                          ["AUTH LOGIN", user, password], ["AUTH LOGIN " + user, password]):
-                with self.subTest(lines), Client(server) as client:
-                    self.assertEqual(client.open(*lines)[:3], "235")
-        with Client(server) as client:      # one by one: an old name, a new password
-            self.assertEqual(client.open("AUTH LOGIN", encoded("j\u00f6", "latin-1"),
-                                         encoded("s\u00e9cr\u00e8t"))[:3], "235")
-
     def test_only_true_is_a_yes(self):
         async def later():
             return True
@@ -2133,30 +2024,18 @@ class Authentication(ServerCase):
                                r"user=jo[^\n]+e.x\Z")
 
 
-class AuthenticationUnderInetd(ProgramCase):
-    """A process for each client cannot remember the failures of others."""
-
-    def test_every_answer_is_late(self):
-        began = time.monotonic()
-        done = self.run_program(
-            "--inetd", "--auth=user,printf secret", "--command=true", limits={"AUTH_DELAY": 0.1},
-            input=b"EHLO x\r\nAUTH PLAIN %b\r\nQUIT\r\n" % Authentication.RIGHT.encode())
-        self.assertGreaterEqual(time.monotonic() - began, 0.1)
-        self.assertIn(b"\r\n235 2.7.0", done.stdout)
-        self.assertEqual(done.returncode, 0)
-
-
-class Secrets(ProgramCase):
-    """The password is nowhere but in the memory of the program."""
+class AuthenticationByTheProgram(ProgramCase):
+    """The password is nowhere but in its memory, which is short under inetd."""
 
     SECRET = "pa55-in-no-log"
 
     def assert_no_secret(self, text):
         """The password does not show, nor the base64 of it in one of its three phases."""
+        text = text.lower()     # a verb is shown in upper case
         self.assertNotIn(self.SECRET, text)
         for padding in range(3):
             coded = base64.b64encode(b"x" * padding + self.SECRET.encode()).decode()
-            self.assertNotIn(coded[4 if padding else 0:-4], text)
+            self.assertNotIn(coded[4 if padding else 0:-4].lower(), text)
 
     def test_password_is_in_no_log_environment_or_argument(self):
         spy = self.script("spy", "#!/bin/sh\n{ env; tr '\\0' '\\n' </proc/$$/cmdline; "
@@ -2175,19 +2054,29 @@ class Secrets(ProgramCase):
                       ["AUTH LOGIN", user, word], ["AUTH LOGIN " + user, word],
                       ["AUTH PLAIN " + plain[:-3] + "*"], ["AUTH LOGIN", user, "*", word],
                       ["AUTH " + plain, plain, word, self.SECRET],
-                      ["HELO a", "AUTH PLAIN " + plain],
                       ["AUTH PLAIN " + plain, "MAIL FROM:<a@b>", "RCPT TO:<c@d>", "DATA",
                        "x\r\n."]):
             with Client(process) as client:
                 client.open(*lines)
         self.assertEqual(self.stop(process)[0], 0)
         seen = self.logged()
-        self.assertIn("authenticated as user", seen)
-        self.assertIn("(hidden)", seen)
+        for shown in ("authenticated as user", "(hidden)", "C: MAIL FROM:<a@b>",
+                      "S: 250 2.1.0 Sender accepted"):
+            self.assertIn(shown, seen)
         with open(os.path.join(self.folder, "seen"), encoding="utf-8", errors="replace") as file:
             seen += file.read()
         self.assertIn("MSMTPD_USER=user", seen)
         self.assert_no_secret(seen)
+
+    def test_under_inetd_every_answer_is_late(self):
+        """A process for each client cannot remember the failures of others."""
+        began = time.monotonic()
+        done = self.run_program(
+            "--inetd", "--auth=user,printf secret", "--command=true", limits={"AUTH_DELAY": 0.1},
+            input=b"EHLO x\r\nAUTH PLAIN %b\r\nQUIT\r\n" % Authentication.RIGHT.encode())
+        self.assertGreaterEqual(time.monotonic() - began, 0.1)
+        self.assertIn(b"\r\n235 2.7.0", done.stdout)
+        self.assertEqual(done.returncode, 0)
 
 
 # Serving
@@ -2199,16 +2088,6 @@ class Slots(ServerCase):
 
     def is_silent(self, client, seconds):
         return not select.select([client.socket], [], [], seconds)[0]
-
-    def test_further_clients_wait(self):
-        server = self.serve(max_sessions=2)
-        with Client(server) as first, Client(server) as second:
-            first.open()
-            second.open()
-            with Client(server) as third:
-                self.assertTrue(self.is_silent(third, 0.1))
-                first.do("QUIT")
-                self.assertEqual(third.do("EHLO x"), "220 localhost ESMTP msmtpd")
 
     def test_small_talk_gives_way_too_but_no_transaction(self):
         self.limit(FULL_TIMEOUT=0.2, TURN=0.05)
@@ -2235,12 +2114,14 @@ class Slots(ServerCase):
             self.assertEqual(client.do("AUTH PLAIN " + Authentication.RIGHT)[:3], "235")
             self.assertEqual(client.do(*self.MAIL)[:3], "250")
 
-    def test_a_farewell_is_short_when_all_slots_are_taken(self):
+    def test_further_clients_wait_and_then_a_farewell_is_short(self):
         server = self.serve(max_sessions=1)
         with Client(server) as first, Client(server) as second:
-            self.assertEqual(first.open("GET / HTTP/1.1")[:9], "421 4.7.0")
+            first.open()
+            self.assertTrue(self.is_silent(second, 0.1))
+            self.assertEqual(first.do("GET / HTTP/1.1")[:9], "421 4.7.0")
             began = time.monotonic()        # and `first` does not close
-            second.reply()
+            self.assertEqual(second.reply(), ["220 localhost ESMTP msmtpd"])
             self.assertLess(time.monotonic() - began, 0.8)
 
     def test_silent_clients_stay_while_there_is_room(self):
@@ -2248,9 +2129,7 @@ class Slots(ServerCase):
         server = self.serve(max_sessions=2)
         with Client(server) as client:
             client.open()
-            self.assertTrue(self.is_silent(client, 0.2))
-            self.assertEqual(client.do("NOOP")[:3], "250")
-            self.assertTrue(self.is_silent(client, 0.15))
+            self.assertTrue(self.is_silent(client, 0.25))
             with Client(server) as other:       # one that is not silent has the last place
                 other.open("MAIL FROM:<a@b>")
                 end = time.monotonic() + 5
@@ -2258,20 +2137,6 @@ class Slots(ServerCase):
                     self.assertEqual(other.do("NOOP")[:3], "250")
                     self.assertLess(time.monotonic(), end, "nobody looks again")
             self.assertEqual(client.rest()[:9], "421 4.4.2")
-
-    def test_a_session_that_cannot_be_made_takes_none_of_them(self):
-        class Bad(msmtpd.Session):
-            def __init__(self, *arguments, **options):
-                if failures:
-                    raise failures.pop()
-                super().__init__(*arguments, **options)
-        for error in ArithmeticError("why"), SystemExit("why"):
-            failures = [error]
-            with self.subTest(error), self.assertLogs("msmtpd", "ERROR") as logs:
-                server = self.serve(session=Bad, max_sessions=1)
-                self.assertEqual(self.client(server).rest(), "")
-                self.assertEqual(self.client(server).line(), "220 localhost ESMTP msmtpd")
-            self.assertIn(type(error).__name__, logs.output[0])
 
     def test_clients_of_all_listeners_get_their_turn(self):
         listeners = [socket.create_server(("127.0.0.1", 0)) for _ in range(3)]
@@ -2354,7 +2219,7 @@ class Scarcity(ProgramCase):
         for episode in 1, 2:
             limit(lowest)
             with Client(process) as client:
-                wait_for(lambda: self.errors() == episode, "the error to be logged")
+                wait_for(lambda number=episode: self.errors() == number, "the error to be logged")
                 spent = ticks()
                 self.assertEqual(select.select([client.socket], [], [], 0.15 / episode)[0], [])
                 self.assertLess(ticks() - spent, 0.08 * os.sysconf("SC_CLK_TCK"), "it spins")
@@ -2382,13 +2247,6 @@ class Scarcity(ProgramCase):
 
 # Security
 
-# Local parts that mean something to a shell. Some are addresses only between quotes.
-HOSTILE = ["o'brien", "r&d", "`touch${IFS}HIT`", "a|touch${IFS}HIT", "a&touch${IFS}HIT&", "a*",
-           "~root", "{touch}", "#a", "!a", "$HOME", "a&&b", "a^b", "?",
-           '"$(touch HIT)"', '"$(touch${IFS}HIT)"',
-           '"`touch HIT`"', '";touch HIT;"', '"|touch HIT"', '">HIT"', '"<HIT"',
-           '"\\"; touch HIT; \\""', '"a\' ; touch HIT; \'b"', '"-f"', '"a b"', '"%F"']
-HYPHENS = ["-f", "--help", "-oQHIT", "-"]
 
 NOTE = """\
 #!/bin/sh
@@ -2398,7 +2256,7 @@ NOTE = """\
 
 
 class Injection(ProgramCase):
-    """Whatever the command line looks like, an address is never code and never an option."""
+    """Whatever the command line looks like, an address is never code."""
 
     def commands(self):
         """The command lines, and whether what means something to a shell gets through."""
@@ -2406,13 +2264,10 @@ class Injection(ProgramCase):
         keep = self.script("keep", NOTE)
         return [
             ("%s -f %%F --" % keep, True), ("%s --from=%%F --" % keep, True),
-            ("%s -f%%F --" % keep, True), ("%s --" % keep, True),
-            ("%s -f '%%F' --" % keep, True), ('%s -f "%%F" --' % keep, True),
-            ("%s -f '<%%F>' --" % keep, False), ('%s -f "x%%F" --' % keep, False),
-            ("X=1 %s -f %%F --" % keep, False), ("X=1 %s -f '%%F' --" % keep, False),
+            ("%s -f '%%F' --" % keep, True), ("%s -f '<%%F>' --" % keep, False),
+            ("X=1 %s -f '%%F' --" % keep, False),
             ('X=1 %s -f "%%F" --' % keep, False), ("X=`echo %%F` %s --" % keep, False),
             ("sh -c '%s -f %%F -- \"$@\"' sh" % keep, False),
-            ("sh -c '%s -f \"$0\" -- \"$@\"' %%F" % keep, False),
             ("env sh %s -f %%F --" % keep, False),
             ("%s host %s -f %%F --" % (fake, keep), False),
             ("env A=b %s -f %%F --" % keep, True),
@@ -2434,11 +2289,6 @@ class Injection(ProgramCase):
                 reply = client.do("MAIL FROM:<a@example.org>", "RCPT TO:<%s>" % path)
                 self.assertRegex(reply, r"\A553 5\.1\.3 ", path)
                 client.do("RSET")
-        for local in HYPHENS:       # an option of no command
-            self.assertRegex(client.do("MAIL FROM:<%s@x.org>" % local), r"\A501 5\.1\.7 ")
-            reply = client.do("MAIL FROM:<a@example.org>", "RCPT TO:<%s>" % local)
-            self.assertRegex(reply, r"\A501 5\.1\.3 ")
-            client.do("RSET")
         # What is inert passes everywhere.
         self.assertEqual(client.do("MAIL FROM:<a+b=%F%F@x.org>", "RCPT TO:<root>",
                                    "RCPT TO:<%F@x.org>", "DATA", "x\r\n.")[:3], "250")
@@ -2457,8 +2307,7 @@ class Injection(ProgramCase):
                 self.assertEqual([words[-1] for words in mails], [*passed, "%F@x.org"])
                 self.assertEqual(mails[-1][-2:], ["root", "%F@x.org"])
                 for path, words in zip(passed, mails):
-                    self.assertIn(words[:-1], (["-f", path, "--"], ["-f" + path, "--"],
-                                               ["--from=" + path, "--"], ["--"]))
+                    self.assertIn(words[:-1], (["-f", path, "--"], ["--from=" + path, "--"]))
                 self.assertEqual([name for _, folders, files in os.walk(self.folder)
                                   for name in folders + files if "HIT" in name], [])
                 self.assertFalse(os.path.exists("HIT"))
@@ -3765,14 +3614,13 @@ def python(before="", behind=""):
             "msmtpd; %ssys.exit(msmtpd.main(sys.argv[2:]))" % (before, behind), HERE)
 
 
-def encoded(text, encoding="utf-8"):
-    return base64.b64encode(text.encode(encoding)).decode()
-
-
 def free_port():
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
+    """A port that nobody has, nor is given meanwhile by asking for any free one."""
+    while True:
+        port = random.SystemRandom().randrange(10000, 32768)
+        with contextlib.suppress(OSError), socket.socket() as probe:
+            probe.bind(("127.0.0.1", port))
+            return port
 
 
 def can_connect(port):
@@ -3806,8 +3654,11 @@ class HostCase(ProgramCase):
     MAIL = b"EHLO x\r\nMAIL FROM:<a@b>\r\nRCPT TO:<c@d>\r\nDATA\r\nx\r\n.\r\n"
     DIALOGUE = MAIL + b"QUIT\r\n"
 
+    home = None     # the environment of what it starts, where it is not that of this process
+
     def spawn(self, *words, **popen):
-        """Start a program; returns its Popen."""
+        """Start a program that is ended with the test; returns its Popen."""
+        popen = {"stdin": subprocess.DEVNULL, "env": self.home, **popen}
         process = subprocess.Popen(words, **popen)
         self.addCleanup(self.end, process)
         return process
@@ -3840,6 +3691,21 @@ class HostCase(ProgramCase):
         match = wait_for(lambda: re.search(r"listening on \[(.*?)\]:(\d+)", self.logged()),
                          "the daemon to listen")
         return match.group(1), int(match.group(2))
+
+    def on_terminal(self, *arguments, **options):
+        """Start and stop a daemon on a terminal; return its process and what it showed."""
+        master, slave = pty.openpty()
+        self.addCleanup(os.close, master)
+        daemon = self.start(*arguments, stderr=slave, **options)
+        os.close(slave)
+        shown, stop = "", daemon.terminate
+        with contextlib.suppress(OSError):      # Linux's end of input
+            while select.select([master], [], [], PATIENCE)[0]:
+                shown += os.read(master, 1000).decode()
+                if stop and re.search("listening on .*\n", shown):
+                    stop = stop()
+        self.assertEqual(daemon.wait(PATIENCE), 0)
+        return daemon, shown
 
     def check_refusal(self, *arguments, says, **options):
         """See that the program does not start, and says why in one line."""
@@ -3900,38 +3766,31 @@ class Options(HostCase):
         with socket.create_server(("127.0.0.1", 0)) as taken:
             port = "--port=%d" % taken.getsockname()[1]
             for arguments, says in (
-                    (["--port=65536"], "--port.*65535"), (["--port=x"], "--port.*65535"),
-                    (["--port="], "--port"), (["--port", "-1"], "--port"), (["--port"], "--port"),
+                    (["--port=65536"], "--port.*65535"), (["--port", "-1"], "--port"),
+                    (["--port="], "--port"), (["--port"], "--port"),
                     ([port, "--command=true"], "cannot listen on 127.0.0.1 .*another --port"),
                     (["--interface="], "--interface"),
                     (["--interface=localhost", *here], "localhost. is not an IP address"),
-                    (["--interface=300.1.1.1", *here], "300.1.1.1. is not an IP address"),
                     ([*nowhere], "listen on 192.0.2.1 .*no such address"),
                     (["--command="], "--command"), (["--command= "], "empty"),
                     (["--command=cat;"], "ends in ;"),
                     (["--command=cat 'x"], "Unterminated|unexpected"),
-                    (["--command=a\nb"], "one line"),
                     (["--command", "msmtp", "-f", "%F"], "-f.*quotes"),
                     (["--log="], "--log"), (["--log=/nonexistent/log"], "/nonexistent/log"),
-                    (["--log", self.folder, "--debug"], "cannot open the log"),
                     (["--auth="], "--auth"), (["--auth=,x"], "--auth.*USER"),
                     (["--auth=x,"], "--auth.*USER"), (["--auth", "-x,false"], "--auth"),
-                    (["--auth=x,false"], "exit status 1"), (["--auth=x,true"], "no password"),
-                    (["--auth=x,echo"], "no password"),
+                    (["--auth=x,exit 7"], "failed, with exit status 7"),
+                    (["--auth=x,true"], "no password"),
+                    (["--auth=x,echo; echo secret"], "printed no password"),
                     (["--auth=joe,echo a", "--auth=ann,echo b", "--auth=joe,echo c", *nowhere],
                      "--auth.*joe"),
                     (["--max-size=x"], "--max-size.*64M"), (["--max-size=-1"], "--max-size"),
                     (["--max-sessions=0"], "--max-sessions"), (["--timeout=0"], "--timeout"),
                     (["--timeout=nan"], "--timeout"), (["--delivery-timeout=x"], "--delivery-t"),
                     (["--received=no"], "--received.*on.*off"),
-                    (["--tls-starttls=maybe"], "--tls-starttls.*on.*off"),
-                    (["--tls-key-file=/x"], "--tls-cert-file"),
-                    (["--tls-starttls=off"], "--tls-cert-file"),
                     (["--prot=25"], r"--prot\b.*--port\b"), (["--ports=25"], r"--ports.*--port\b"),
-                    (["--comand=x"], "--comand.*--command"), (["--frob"], "--frob.*--help"),
-                    (["--recieved=off"], "--recieved.*--received"), (["word"], "word.*--help"),
-                    (["--in"], r"--in\b.*--inetd.*--interface"), (["-p", "25"], "-p"),
-                    (["--m=5"], r"--m\b.*--max-size.*--max-sessions")):
+                    (["--frob"], "--frob.*--help"), (["word"], "word.*--help"),
+                    (["--in"], r"--in\b.*--inetd.*--interface"), (["-p", "25"], "-p")):
                 with self.subTest(arguments):
                     self.check_refusal(*arguments, says=says)
 
@@ -3964,8 +3823,6 @@ class Options(HostCase):
                 (["--inetd", log, "--prot=1", "--inted"], "--prot.*--port"),
                 (["--log", self.log, "--port=x", "--inetd"], "--port"),
                 (["--lo=" + self.log, "--inetd=1"], "--inetd"),
-                ([log, "word", "--inetd"], "word"), ([log, "--inetd", "--port"], "--port"),
-                ([log, "--in", "--inetd"], "--interface"),
                 ([log, "--tls-key-file=/x", "--inetd"], "--tls-cert-file"),
                 (["--inetd", "--auth=x,false", log], "password command of --auth failed"),
                 (["--inetd", "--frob"], None), (["--port=x", "--inetd"], None),
@@ -3980,14 +3837,7 @@ class Options(HostCase):
                 else:       # no log, so it is left to standard error
                     self.assertRegex(done.stderr, rb"\Amsmtpd: .*\n\Z")
 
-    def test_a_client_that_left_or_is_standard_error_too(self):
-        reader, writer = os.pipe()
-        os.close(reader)
-        with open(writer, "wb") as deaf:
-            process = self.popen("--inetd", "--frob", stdout=deaf, stdin=subprocess.DEVNULL,
-                                 stderr=subprocess.PIPE)
-            self.assertEqual(process.communicate(timeout=PATIENCE)[1].count(b"\n"), 1)
-        self.assertEqual(process.returncode, 3)
+    def test_a_client_that_is_standard_error_too(self):
         process = self.popen("--inetd", "--auth=joe,echo noise >&2; exit 1",
                              stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
                              stderr=subprocess.STDOUT)
@@ -4014,7 +3864,7 @@ class Options(HostCase):
 
     def test_limits(self):
         daemon = self.start("--max-sessions=1", "--delivery-timeout=0.1", "--command=sleep 9; :",
-                            limits={"FULL_TIMEOUT": 0.5, "TURN": 0.1})
+                            limits={"FULL_TIMEOUT": 0.2, "TURN": 0.1})
         with Client(daemon) as client:
             client.data()
             self.assertEqual(client.do("x\r\n.")[:9], "451 4.3.0")
@@ -4029,8 +3879,6 @@ class Options(HostCase):
             with Client(daemon) as client:
                 self.assertEqual(client.open(
                     "AUTH PLAIN " + encoded("\0%s\0%s" % (user, password)))[:3], code)
-        with Client(daemon) as client:
-            self.assertEqual(client.open("MAIL FROM:<a@b>")[:9], "530 5.7.0")
 
     def test_an_older_python_is_refused(self):
         with mock.patch.object(sys, "version_info", (3, 7, 17)):
@@ -4086,27 +3934,6 @@ class Daemon(HostCase):
                              r"exit=%s seconds=[\d.]+ client=\[127.0.0.1\]\n" % (word, status))
         self.assertEqual(self.stop(daemon), (0, ""))
 
-    def test_without_a_log_its_words_go_to_standard_error(self):
-        script = self.script("fail", "#!/bin/sh\necho broken >&2; exit 1\n")
-        daemon = self.start_without_log("--command=" + script)
-        self.send(daemon)
-        self.assertRegex(self.stop(daemon)[1], r"\Amsmtpd: session \d: broken\n\Z")
-
-    def on_terminal(self, *arguments, **options):
-        """Start and stop a daemon on a terminal; return its process and what it showed."""
-        master, slave = pty.openpty()
-        self.addCleanup(os.close, master)
-        daemon = self.start(*arguments, stderr=slave, **options)
-        os.close(slave)
-        shown, stop = "", daemon.terminate
-        with contextlib.suppress(OSError):      # Linux's end of input
-            while select.select([master], [], [], PATIENCE)[0]:
-                shown += os.read(master, 1000).decode()
-                if stop and re.search("listening on .*\n", shown):
-                    stop = stop()
-        self.assertEqual(daemon.wait(PATIENCE), 0)
-        return daemon, shown
-
     def test_terminal(self):
         daemon, shown = self.on_terminal("--command=cat -- ")
         self.assertRegex(shown, r"\Amsmtpd: listening on \[127.0.0.1\]:%d, piping mails to: cat -- "
@@ -4115,24 +3942,20 @@ class Daemon(HostCase):
         _, shown = self.on_terminal("--log=-", log=False)
         self.assertEqual(shown.count("listening on"), 1)
 
-    @unittest.skipUnless(ssl, "no module ssl")
-    def test_terminal_says_how_to_try_tls(self):
-        path = self.script("both", CERTIFICATE_1 + KEY_1)
-        daemon, shown = self.on_terminal("--interface=0.0.0.0", "--auth=joe,echo x",
-                                         "--tls-cert-file=" + path, "--tls-starttls=off")
-        self.assertIn("try it: openssl s_client -connect [127.0.0.1]:%d;" % daemon.port, shown)
-
     def test_readiness(self):
-        path = os.path.join(self.folder, "notify")
-        with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as notify:
-            notify.bind(path)
-            notify.settimeout(PATIENCE)
-            daemon = self.start(env={**os.environ, "NOTIFY_SOCKET": path})
-            self.assertEqual(notify.recv(100), b"READY=1")
-            self.send(daemon)
-            self.assertEqual(select.select([notify], [], [], 0)[0], [])
-            self.stop(daemon)
-            self.assertEqual(notify.recv(100), b"STOPPING=1")
+        """Told to a socket in the file system, or to Linux's abstract kind."""
+        abstract = ["@msmtpd-test-%d" % os.getpid()] * (sys.platform == "linux")
+        for name in (os.path.join(self.folder, "notify"), *abstract):
+            with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as notify:
+                notify.bind(name.replace("@", "\0"))
+                notify.settimeout(PATIENCE)
+                daemon = self.start(env={**os.environ, "NOTIFY_SOCKET": name})
+                self.assertEqual(notify.recv(100), b"READY=1")
+                self.send(daemon)
+                self.assertEqual(select.select([notify], [], [], 0)[0], [])
+                self.stop(daemon)
+                self.assertEqual(notify.recv(100), b"STOPPING=1")
+            os.remove(self.log)
 
     # A shell puts the socket where systemd does, and keeps its process id for exec.
     INHERIT = 'exec 3<&0 </dev/null; %s exec "$@"'
@@ -4167,20 +3990,15 @@ class Daemon(HostCase):
         for settings in {"LISTEN_PID": "1", "LISTEN_FDS": "1"}, {"LISTEN_FDS": "1"}:
             self.check_refusal(*nowhere, env={**os.environ, **settings},
                                says=r"\Amsmtpd: cannot listen on 192.0.2.1 port 0: ")
-        done = self.run_words("sh", "-c", self.INHERIT % "LISTEN_FDS=1 LISTEN_PID=$$", "sh",
-                              *python(), "--inetd", "--command=true")
-        self.assertEqual((done.returncode, done.stdout[:4]), (0, b"220 "))
-
     def test_the_environment_of_the_command(self):
         """Without what was meant for the program; with a PATH where inetd gives none."""
         script = self.script("show", "#!/bin/sh\n/usr/bin/env > %s/env\n" % self.folder)
-        daemon = self.start("--command=" + script, env={
-            "NOTIFY_SOCKET": self.folder + "/nobody", "LISTEN_FDNAMES": "smtp",
-            "LISTEN_FDS": "1", "LISTEN_PID": "1"})
+        daemon = self.start("--command=" + script,
+                            env={"NOTIFY_SOCKET": self.folder + "/nobody"})
         self.send(daemon)
         with open(os.path.join(self.folder, "env"), encoding="ascii") as file:
             environment = file.read()
-        self.assertNotRegex(environment, "NOTIFY_SOCKET|LISTEN_")
+        self.assertNotIn("NOTIFY_SOCKET", environment)
         self.assertIn("PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin\n",
                       environment)
         self.assertEqual(self.stop(daemon), (0, ""))
@@ -4199,46 +4017,25 @@ class Log(HostCase):
                       % ("x" * 200, r'"a\\\\\\"b"@c'), self.logged())
         self.assertIn(r"RCPT TO:<a\u202eb@c>: 501", self.logged())
 
-    def test_debug_shows_the_dialogue_but_no_secret(self):
-        daemon = self.start("--debug", "--auth=user,echo secret", limits={"AUTH_DELAY": 0.01})
-        with Client(daemon) as client:
-            client.open("AUTH LOGIN", encoded("user"), encoded("secret"),
-                        "AUTH PLAIN " + encoded("\0user\0secret"), encoded("secret"),
-                        "AUTH " + encoded("secret"), "MAIL FROM:<a@b>", "QUIT")
-        with Client(daemon) as client:
-            client.open("AUTH PLAIN " + encoded("\0user\0guess"))
-        self.stop(daemon)
-        self.assertIn("C: MAIL FROM:<a@b>", self.logged())
-        self.assertIn("S: 250 2.1.0 Sender accepted", self.logged())
-        self.assertIn("S: 221 2.0.0 Goodbye", self.logged())
-        for secret in ("secret", encoded("secret"), "guess", encoded("\0user\0secret")[:8]):
-            self.assertNotIn(secret.lower(), self.logged().lower())     # verbs are in upper case
-
     def test_is_reopened(self):
-        """Whether or not SIGHUP says so."""
-        with handling(signal.SIG_DFL, signal.SIGHUP):
-            daemon = self.start()
-        os.rename(self.log, self.log + ".1")
-        self.send(daemon)
-        wait_for(lambda: "status=sent" in self.logged(), "the new log")
-        os.rename(self.log, self.log + ".2")
-        daemon.send_signal(signal.SIGHUP)
-        wait_for(lambda: os.path.exists(self.log), "the new log")
-        self.assertEqual(self.stop(daemon), (0, ""))
-
-    def test_one_that_fails_changes_no_reply(self):
+        """Whether or not SIGHUP says so; where it cannot be, no reply is another."""
         folder = os.path.join(self.folder, "logs")
         os.mkdir(folder)
         self.log = os.path.join(folder, "log")
-        daemon = self.start()
+        with handling(signal.SIG_DFL, signal.SIGHUP):
+            daemon = self.start(limits={"TURN": 0.1})
         shutil.rmtree(folder)
         self.assertEqual(self.send(daemon)[:3], "250")
         os.mkdir(folder)
         self.assertEqual(self.send(daemon)[:3], "250")
-        wait_for(lambda: "status=sent" in self.logged(), "the log")
+        wait_for(lambda: "status=sent" in self.logged(), "the new log")
+        os.rename(self.log, self.log + ".1")
+        daemon.send_signal(signal.SIGHUP)
+        wait_for(lambda: os.path.exists(self.log), "the new log")
         self.assertEqual(self.stop(daemon), (0, ""))
 
     def test_on_standard_error(self):
+        """Also what a command says where there is no log."""
         for option in "--log=-", "--debug":
             daemon = self.start_without_log(option, "--command=nosuchprogram %F \udcff")
             with Client(daemon) as client:
@@ -4248,13 +4045,9 @@ class Log(HostCase):
                              r"nosuchprogram %%F \\udcff\n" % daemon.port)
             self.assertEqual("S: 220 localhost" in shown, option == "--debug")
             self.assertEqual(shown.count("warning: "), 1)     # the warning is told once
-
-    def test_a_standard_error_whose_reader_has_gone(self):
-        reader, writer = os.pipe()
-        os.close(reader)
-        with open(writer, "wb") as errors:
-            daemon = self.start("--command=nosuchprogram %F", stderr=errors)
-        self.assertEqual(self.stop(daemon)[0], 0)
+        daemon = self.start_without_log("--command=echo broken >&2; exit 1; :")
+        self.send(daemon)
+        self.assertRegex(self.stop(daemon)[1], r"\Amsmtpd: session \d: broken\n\Z")
 
     @contextlib.contextmanager
     def pipe(self):
@@ -4292,7 +4085,7 @@ class Log(HostCase):
         with self.pipe() as (errors, fill, read):
             with handling(signal.SIG_DFL, signal.SIGHUP):
                 daemon = self.start_without_log("--log=-", stderr=errors,
-                                                limits={"LOG_TIMEOUT": PATIENCE})
+                                                limits={"LOG_TIMEOUT": PATIENCE, "TURN": 0.1})
             wait_for(lambda: b"closed" in read(), "the end of the first session")
             fill()
             for _ in range(20):
@@ -4376,7 +4169,7 @@ class Shutdown(HostCase):
             os.remove(self.log)
 
     def test_who_has_sent_a_mail_gets_its_reply_and_may_quit(self):
-        daemon = self.start("--command=" + self.slow, limits={"PARTING_TIMEOUT": 0.5, "TURN": 0.1})
+        daemon = self.start("--command=" + self.slow, limits={"PARTING_TIMEOUT": 0.4, "TURN": 0.1})
         cases = [(self.client_in_data(daemon, data), verb, reply) for data, verb, reply in (
             ("half\r\n", "QUIT\r\n", "221 2.0.0"), ("x\r\n.\r\n", "QUIT\r\n", "221 2.0.0"),
             ("x\r\n.\r\nQUIT\r\n", "", "221 2.0.0"), ("x\r\n.\r\n", "", "421 4.3.2"),
@@ -4397,7 +4190,8 @@ class Shutdown(HostCase):
         self.assertIn(b"half\nwhole\n", [without_trace(data) for _, data in self.delivered()])
 
     def test_the_grace_is_for_mail_data_and_not_for_the_command(self):
-        daemon = self.start("--command=" + self.slow, limits={"GRACE": 0.2, "TURN": 0.1})
+        daemon = self.start("--command=" + self.slow, limits={
+            "GRACE": 0.1, "TURN": 0.05, "PARTING_TIMEOUT": 0.1})
         in_data = self.client_in_data(daemon, "half\r\n")
         running = self.client_in_data(daemon, "x\r\n.\r\n")
         self.wait_for_commands(1)
@@ -4468,20 +4262,8 @@ class Inetd(HostCase):
         return self.popen("--inetd", "--command=%s --" % self.capture, *arguments,
                           stdin=subprocess.PIPE, stdout=subprocess.PIPE, **options)
 
-    def test_pipes(self):
-        done = self.run_program("--inetd", "--command=%s --" % self.capture, input=self.DIALOGUE,
-                                real=True)
-        self.assertEqual((done.returncode, done.stderr), (0, b""))
-        self.assertTrue(done.stdout.startswith(b"220 localhost ESMTP msmtpd\r\n250-"))
-        self.assertTrue(done.stdout.endswith(b"250 2.0.0 Delivered\r\n221 2.0.0 Goodbye\r\n"))
-        self.assertEqual(self.delivered()[0][1][:20], b"Received: from x\n\tby")
-
     def test_exit_status(self):
-        deaf = self.inetd("--timeout=0.1", bufsize=0, limits={"TURN": 0.1})     # takes a second
-        with contextlib.suppress(BrokenPipeError):
-            for _ in range(50):
-                deaf.stdin.write(b"HELP\r\n" * 1000)
-        deaf.stdin.close()
+        silent = self.inetd("--timeout=0.1", limits={"TURN": 0.05})
         fails = "--command=cat >/dev/null; exit 75"
         once = "--command=test -e %s/on && exit 0; touch %s/on; exit 1; :" % ((self.folder,) * 2)
         for data, arguments, status in (
@@ -4493,8 +4275,10 @@ class Inetd(HostCase):
             with self.subTest(data[-20:], arguments=arguments):
                 done = self.run_program("--inetd", "--command=true", *arguments, input=data)
                 self.assertEqual(done.returncode, status)
-        self.assertEqual(deaf.wait(PATIENCE), 1)
-        self.assertTrue(deaf.stdout.read(9000).startswith(b"220 "))
+        self.assertEqual([silent.stdout.readline()[:9] for _ in range(2)],
+                         [b"220 local", b"421 4.4.2"])
+        silent.stdin.close()
+        self.assertEqual(silent.wait(PATIENCE), 1)
 
     def test_socket(self):
         """Its peer is named; what the command writes does not reach it but in the reply."""
@@ -4524,13 +4308,6 @@ class Inetd(HostCase):
         os.write(master, b"HELO me\nMAIL FROM:me\nRCPT TO:you\nDATA\nHello\n.\nQUIT\n")
         self.assertEqual(process.wait(PATIENCE), 0)
         self.assertEqual(without_trace(self.delivered()[0][1]), b"Hello\n")
-
-    def test_a_client_that_is_silent(self):
-        process = self.inetd("--timeout=0.1", bufsize=0, limits={"TURN": 0.1})
-        self.assertEqual(process.stdout.readline()[:4], b"220 ")
-        self.assertEqual(process.stdout.readline()[:9], b"421 4.4.2")
-        process.stdin.close()
-        self.assertEqual(process.wait(PATIENCE), 1)
 
     def test_a_client_that_hears_no_replies(self):
         process = self.inetd()
@@ -4565,20 +4342,17 @@ class Hosts(HostCase):
         home = os.path.join(self.folder, "bin")
         os.mkdir(home)
         program = shutil.copy(PROGRAM, home)
-        for name in ("argparse base64 binascii collections copy ctypes email errno functools "
-                     "getpass hashlib hmac io itertools json keyring locale logging operator os "
-                     "queue random re select shlex shutil signal socket ssl stat string struct "
-                     "subprocess syslog tempfile textwrap threading time traceback types typing "
-                     "warnings weakref").split():
+        for name in ("argparse base64 collections copy ctypes email errno functools getpass "
+                     "hashlib io json keyring locale logging os queue random re select shlex "
+                     "shutil signal socket ssl string struct subprocess syslog tempfile textwrap "
+                     "threading time traceback types typing warnings").split():
             self.script("bin/%s.py" % name, "print('mine')\nraise SystemExit('mine')\n")
         ways = [], ["-I"]
 
         def run(way):
             return self.run_words(
-                sys.executable, *way, program, "--inetd", "--auth=joe,echo secret",
-                "--log=%s%d" % (self.log, ways.index(way)), "--command=%s --" % self.capture,
-                cwd=home, input=b"EHLO x\r\nAUTH PLAIN %b\r\n%b"
-                % (encoded("\0joe\0secret").encode(), self.DIALOGUE))
+                sys.executable, *way, program, "--inetd", "--log=%s%d" % (self.log, len(way)),
+                "--command=%s --" % self.capture, cwd=home, input=self.DIALOGUE)
         for way, done in zip(ways, at_once(run, ways)):
             with self.subTest(way):
                 self.assertEqual((done.returncode, done.stderr), (0, b""))
@@ -4591,18 +4365,15 @@ class Hosts(HostCase):
             for option, says in (("--prot=25", "--prot"), ("--log=syslog", "--log=FILE"),
                                  ("--tls-cert-file=x", "no ssl module")):
                 self.check_refusal("--port=0", option, says=says)
-            daemon = self.start("--auth=joe,echo secret", "--command=%s --" % self.capture)
-        with Client(daemon) as client:
-            client.open("AUTH PLAIN " + encoded("\0joe\0secret"), "MAIL FROM:<a@example.org>",
-                        "RCPT TO:<b@example.org>", "DATA")
-            self.assertEqual(client.do("x\r\n."), "250 2.0.0 Delivered")
-        self.assertEqual(self.stop(daemon), (0, ""))
         done = self.run_words(
-            *python("sys.modules.update(dict.fromkeys(%r)); " % list(lacking)), "--inetd",
-            "--command=%s --" % self.capture, input=self.MAIL)
+            *python("sys.modules.update(dict.fromkeys(%r)); " % list(lacking),
+                    "msmtpd.AUTH_DELAY = 0.0; "), "--inetd",
+            "--auth=joe,echo secret", "--command=%s --" % self.capture,
+            input=b"HELO x\r\nAUTH PLAIN %b\r\n%b" % (
+                encoded("\0joe\0secret").encode(), self.MAIL))
         self.assertEqual((done.returncode, done.stderr), (0, b""))
-        self.assertEqual([arguments for arguments, _ in self.delivered()],
-                         [["--", "b@example.org"], ["--", "c@d"]])
+        (arguments, data), = self.delivered()
+        self.assertEqual((arguments, data[:20]), (["--", "c@d"], b"Received: from x\n\tby"))
 
     def test_closed_descriptors(self):
         """The password command can write to standard error all the same."""
@@ -4614,12 +4385,11 @@ class Hosts(HostCase):
 
     def test_no_descriptor_is_free(self):
         """Or but one, with which not even the log can be opened."""
-        def run(words):
-            return self.run_words(*words, "--inetd", "--log=" + self.log, "--command=true",
-                                  stderr=subprocess.STDOUT)
-        none = "import resource; resource.setrlimit(resource.RLIMIT_NOFILE, (3, 3)); "
-        for done in at_once(run, (python(behind=none),
-                                  ("sh", "-c", 'ulimit -n 4; exec "$@"', "sh", *python()))):
+        def run(limit):
+            limited = "import resource; resource.setrlimit(resource.RLIMIT_NOFILE, (%d, %d)); "
+            return self.run_words(*python(behind=limited % (limit, limit)), "--inetd",
+                                  "--log=" + self.log, "--command=true", stderr=subprocess.STDOUT)
+        for done in at_once(run, (3, 4)):
             self.assertRegex(done.stdout, rb"\A421 4\.3\.0 [^\n]*\r\n\Z")
             self.assertEqual(done.returncode, 3)
 
@@ -4769,7 +4539,7 @@ def trusting(certificate=CERTIFICATE_1):
     return ssl.create_default_context(cadata=certificate)
 
 
-class PeerCase(ProgramCase):
+class PeerCase(HostCase):
     """Tests with programs of others: one that is missing, or a part of it, skips by its name."""
 
     def setUp(self):
@@ -4778,9 +4548,6 @@ class PeerCase(ProgramCase):
                      "LC_ALL": "C.UTF-8", "GIT_CONFIG_NOSYSTEM": "1"}
         self.tls_files = ("--tls-cert-file=" + self.write("certificate", CERTIFICATE_1),
                           "--tls-key-file=" + self.write("key", KEY_1))
-
-    def path(self, name):
-        return os.path.join(self.folder, name)
 
     def write(self, name, data):
         """Write a file that only its owner may read, and return its path."""
@@ -4823,15 +4590,8 @@ class PeerCase(ProgramCase):
         self.assertEqual(done.returncode, status, "%s: %s" % (" ".join(words), output))
         return output
 
-    def spawn(self, *words, **popen):
-        """Start a program that is ended with the test."""
-        popen.setdefault("env", self.home)
-        process = subprocess.Popen(words, stdin=popen.pop("stdin", subprocess.DEVNULL), **popen)
-        self.addCleanup(self.end, process)
-        return process
-
     def spawn_group(self, *words):
-        """The same, whose children are ended with it."""
+        """Start a program whose children are ended with it, too."""
         def end():
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL)
@@ -4839,20 +4599,6 @@ class PeerCase(ProgramCase):
                              stderr=subprocess.DEVNULL, start_new_session=True)
         self.addCleanup(end)
         return process
-
-    def address(self):
-        """Where the daemon that writes to self.log listens, once it does."""
-        match = wait_for(lambda: re.search(r"listening on \[(.*?)\]:(\d+)", self.logged()),
-                         "a daemon that listens")
-        return match.group(1), int(match.group(2))
-
-    def free_port(self):
-        """A port that nobody has, nor is given meanwhile by asking for any free one."""
-        while True:
-            port = random.SystemRandom().randrange(10000, 32768)
-            with contextlib.suppress(OSError), socket.socket() as probe:
-                probe.bind(("127.0.0.1", port))
-                return port
 
     def connect(self, *address, **options):
         """A client of a server that may only be starting."""
@@ -4992,8 +4738,7 @@ class RealClients(PeerCase):
             "--to b@example.org,c@example.org --ehlo client.example --suppress-data "
             "--data @{unended} {options}",
             ("plain", "SMTP", "--protocol SMTP"),
-            ("auth", "ESMTPA", "--auth LOGIN --pipeline --auth-user ann --auth-password other"),
-            ("starttls", "ESMTPSA", "--tls --auth PLAIN " + login),
+            ("starttls", "ESMTPSA", "--tls --pipeline --auth PLAIN " + login),
             ("tls", "ESMTPSA", "--tls-on-connect --auth LOGIN " + login))
 
     def test_curl(self):
@@ -5014,18 +4759,17 @@ class RealClients(PeerCase):
         self.home["NODE_PATH"] = os.environ.get("NODE_PATH", "")
         self.need_part("nodemailer", r"\A\Z", "node", "-e", "require.resolve('nodemailer')")
         script = self.write("send.js", r"""
-            const fs = require("fs"), [port, way, ca] = process.argv.slice(2);
+            const fs = require("fs"), [port, ca] = process.argv.slice(2);
             require("nodemailer").createTransport({
                 host: "127.0.0.1", port: +port, name: "client.example",
-                ignoreTLS: way === "auth", requireTLS: way === "starttls",
-                tls: {ca: fs.readFileSync(ca)}, auth: {user: "joe", pass: "secret"},
+                requireTLS: true, tls: {ca: fs.readFileSync(ca)},
+                auth: {user: "joe", pass: "secret"},
             }).sendMail({
                 envelope: {from: "a@example.org", to: ["b@example.org", "c@example.org"]},
                 raw: fs.readFileSync(0),
             }).catch(error => { console.error(error); process.exit(1); });
             """)
-        self.check_client("node %s {port} {way} {ca}" % script, ("auth", "ESMTPA", ""),
-                          ("starttls", "ESMTPSA", ""))
+        self.check_client("node %s {port} {ca}" % script, ("starttls", "ESMTPSA", ""))
 
     def test_git_send_email(self):
         self.need("git")
@@ -5054,7 +4798,6 @@ class RealClients(PeerCase):
             "-s Greetings b@example.org c@example.org",
             ("plain", "SMTP", "127.0.0.1:{port} -Ssmtp-auth=none"),
             ("auth", "ESMTPA", "{login}@127.0.0.1:{port} -Ssmtp-auth=plain"),
-            ("auth", "ESMTPA", "{login}@127.0.0.1:{port} -Ssmtp-auth=login"),
             ("starttls", "ESMTPSA", "{login}@localhost:{port} -Ssmtp-auth=plain "
              "-Ssmtp-use-starttls"),
             compare=self.check_composed, data=TEXT.encode())
@@ -5072,35 +4815,9 @@ class RealClients(PeerCase):
             "mutt -F %s {options} -s Greetings -- b@example.org c@example.org" % rc,
             ("plain", "ESMTP", "-e 'set smtp_url=smtp://127.0.0.1:{port}'"),
             ("auth", "ESMTPA", "-e '%s'" % readme),
-            ("auth", "ESMTPA", "-e 'set smtp_url=smtp://joe@127.0.0.1:{port} "
-             "smtp_authenticators=login'"),
             ("starttls", "ESMTPSA", "-e 'set smtp_url=smtp://joe@127.0.0.1:{port} "
              "ssl_starttls=yes ssl_force_tls=yes'"),
             compare=self.check_composed, data=TEXT.encode())
-
-    def test_esmtp(self):
-        """And so libesmtp, which names the recipients from the last to the first."""
-        self.need("esmtp")
-        self.home["SSL_CERT_FILE"] = self.path("certificate")
-        for way in "plain", "auth", "starttls":
-            login = "" if way == "plain" else 'username = "joe"\npassword = "secret"\n'
-            self.write("rc-" + way, 'hostname = "localhost:%d"\n%sstarttls = %s\n' % (
-                self.port(way), login, "required" if way == "starttls" else "disabled"))
-        self.check_client("esmtp -C %s -f a@example.org c@example.org b@example.org"
-                          % self.path("rc-{way}"), ("plain", "ESMTP", ""),
-                          ("auth", "ESMTPA", ""), ("starttls", "ESMTPSA", ""),
-                          compare=self.check_composed)
-
-    def test_smtp_source(self):
-        source = os.environ.get("SMTP_SOURCE") or self.need("smtp-source")
-        self.home["LD_LIBRARY_PATH"] = os.environ.get("LD_LIBRARY_PATH", "")
-        port = self.port("plain")
-        self.peer(source, "-s", "8", "-m", "12", "-f", "a@example.org", "-t", "b@example.org",
-                  "-M", "client.example", "-F", self.write("letter", LETTER), "127.0.0.1:%d" % port)
-        mails = self.delivered()
-        self.assertEqual(len(mails), 12)
-        for mail in mails:
-            self.check_mail(mail, "SMTP", ENVELOPE[:4], LETTER + b"\n")   # which it adds
 
 
 class Services(PeerCase):
@@ -5122,7 +4839,7 @@ class Services(PeerCase):
         send = re.search(r'^python3 -c "[^"]*"$', text, re.MULTILINE).group()
         look = re.search(r"^cat [\w.]+$", text, re.MULTILINE).group()
         os.symlink(PROGRAM, self.path("msmtpd.py"))
-        port = self.free_port()
+        port = free_port()
         daemon = self.spawn("sh", "-c", "exec " + start.replace("2500", str(port)),
                             cwd=self.folder, stderr=subprocess.DEVNULL)
         self.connect("127.0.0.1", port).quit()
@@ -5134,7 +4851,7 @@ class Services(PeerCase):
         text = self.paper("README")
         install = re.search(r"^ +(mkdir -p ~/bin .*)", text, re.MULTILINE).group(1)
         start = re.search(r"^ +@reboot (.*)", text, re.MULTILINE).group(1)
-        port = self.free_port()
+        port = free_port()
         self.write(re.search(r"~/(\S*password\S*)'", start).group(1), "secret\n")
         self.peer("sh", "-c", install, cwd=HERE)
         self.spawn("sh", "-c", "exec " + start.replace("2500", str(port)), cwd=self.folder,
@@ -5177,7 +4894,7 @@ class Services(PeerCase):
             line = re.search(r"^ *\S+:25 (stream tcp nowait) \S+ (\S+/msmtpd msmtpd --inetd)\b",
                              self.paper(paper), re.MULTILINE)
             options = self.tls_files if ssl and paper == "README" else ()
-            services.append((self.free_port(), "ESMTPS" if options else "ESMTP", bool(options)))
+            services.append((free_port(), "ESMTPS" if options else "ESMTP", bool(options)))
             conf += "127.0.0.1:%d %s %s %s %s\n" % (
                 services[-1][0], line.group(1), user, self.as_here(line.group(2)),
                 " ".join(("--command=" + self.capture, "--log=" + self.log, *options)))
@@ -5226,7 +4943,7 @@ class Services(PeerCase):
 
         def check(way):
             activate, option = way
-            port = self.free_port()
+            port = free_port()
             service = self.spawn(
                 tool, "--listen=127.0.0.1:%d" % port, *activate, sys.executable, PROGRAM, option,
                 "--command=%s -f %%F --" % self.capture, "--log=" + self.log,
@@ -5240,17 +4957,6 @@ class Services(PeerCase):
                 self.assertIn("listening on [127.0.0.1]:%d" % port, self.logged())
         at_once(check, [((), "--debug"), (("--inetd", "--accept"), "--inetd")])
         self.assertEqual(len(self.delivered()), 2)
-
-    @unittest.skipUnless(sys.platform == "linux", "no abstract sockets")
-    def test_systemd_is_notified_on_an_abstract_socket(self):
-        name = "msmtpd-test-%d" % os.getpid()
-        with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as notify:
-            notify.bind("\0" + name)
-            notify.settimeout(PATIENCE)
-            process = self.start(env={**os.environ, "NOTIFY_SOCKET": "@" + name})
-            self.assertEqual(notify.recv(100), b"READY=1")
-            self.assertEqual(self.stop(process)[0], 0)
-            self.assertEqual(notify.recv(100), b"STOPPING=1")
 
     def test_fail2ban_filter_of_the_manual(self):
         """It finds the address of who failed, and none that somebody else made up."""
@@ -5275,19 +4981,11 @@ class Services(PeerCase):
             file = self.write("filter", self.shown("^failregex")[0])
             self.assertRegex(self.peer("fail2ban-regex", self.log, file), r"\b1 matched\b")
 
-    def become_nobody(self):
-        """The words that start a program as a user that does not exist, where one may."""
-        words = ["setpriv", "--reuid=54321", "--regid=54321", "--clear-groups"]
-        may = not os.getuid() and shutil.which(words[0]) and not subprocess.call(
-            [*words, sys.executable, "-c", "import os, sys; os.listdir(sys.argv[1])", self.folder],
-            stderr=subprocess.DEVNULL)
-        return words if may else []
-
-    def check_alone(self, wrapper):
-        """Run a copy of the file in an empty folder, without an environment.
+    def test_the_file_alone(self):
+        """A copy of the file in an empty folder, without an environment, as a user without a name.
 
         Nothing is writable for it but what the command needs, and the place of temporary files.
-        See that it serves, also a mail beyond its memory, and ends well and without warnings.
+        It serves, also a mail beyond its memory, and ends well and without warnings.
         """
         place = self.path("alone")
         os.mkdir(place)
@@ -5295,9 +4993,14 @@ class Services(PeerCase):
         for name, mode in ("alone", 0o555), ("", 0o755), ("mails", 0o777):
             os.chmod(self.path(name), mode)
         self.addCleanup(os.chmod, place, 0o755)
+        somebody = ["setpriv", "--reuid=54321", "--regid=54321", "--clear-groups"]
+        if os.getuid() or not shutil.which("setpriv") or subprocess.call(
+                [*somebody, sys.executable, "-c", "import os; os.listdir()"], cwd=place,
+                stderr=subprocess.DEVNULL):
+            somebody = []
         with open(self.log, "wb") as log:
             process = self.spawn(
-                *wrapper, *self.become_nobody(), sys.executable, "-I", "-S", "-W", "error",
+                *somebody, sys.executable, "-I", "-S", "-W", "error",
                 os.path.join(place, os.path.basename(PROGRAM)), "--port=0", "--log=-",
                 "--command=%s -f %%F --" % self.capture, cwd=place, env={}, stderr=log)
         address = self.address()
@@ -5305,26 +5008,11 @@ class Services(PeerCase):
         with smtplib.SMTP(*address, timeout=PATIENCE) as client:
             client.sendmail("a@example.org", ["b@example.org"], b"x" * 2000000)
         self.assertEqual(len(without_trace(self.delivered()[-1][1])), 2000001)
-        daemon = process.pid
-        if wrapper:
-            with open("/proc/{0}/task/{0}/children".format(process.pid)) as children:
-                daemon = int(children.read())
-        os.kill(daemon, signal.SIGTERM)
+        process.terminate()
         self.assertEqual(process.wait(PATIENCE), 0)
         for line in self.logged().splitlines():
             self.assertRegex(line, r"\A\d{4}-\d\d-\d\d [\d:]+ msmtpd\[\d+\] info: ")
         self.assertEqual(os.listdir(place), ["msmtpd.py"])
-
-    def test_the_file_alone(self):
-        self.check_alone(())
-
-    def test_container(self):
-        space = ["unshare", *["--user"] * bool(os.getuid()), "--pid", "--fork", "--kill-child"]
-        self.need("unshare")
-        if subprocess.call(space + ["true"], stderr=subprocess.DEVNULL):
-            self.skipTest("no right to unshare")
-        self.check_alone(space)
-        self.assertIn(" msmtpd[1] ", self.logged())
 
 
 class Passwords(PeerCase):
@@ -5332,9 +5020,8 @@ class Passwords(PeerCase):
 
     def login(self, process, password, user="joe", encoding="utf-8"):
         """The reply to a login."""
-        words = base64.b64encode(("\0%s\0%s" % (user, password)).encode(encoding)).decode()
         with Client(process) as client:
-            return client.open("AUTH PLAIN " + words)
+            return client.open("AUTH PLAIN " + encoded("\0%s\0%s" % (user, password), encoding))
 
     def check_password(self, password, *arguments, **popen):
         """See that the program starts with this password, whichever way a client writes it."""
@@ -5345,11 +5032,9 @@ class Passwords(PeerCase):
         self.assertEqual(self.login(process, password + "x")[:3], "535")
         self.assertEqual(self.stop(process)[0], 0)
 
-    def check_refusal(self, *arguments, says, **popen):
-        """See that the program does not start, and says why in one line."""
-        done = self.run_program("--port=0", *arguments, start_new_session=True, **popen)
-        self.assertEqual((done.returncode, done.stdout), (3, b""))
-        self.assertRegex(done.stderr.decode(), r"\Amsmtpd: .*%s.*\n\Z" % says)
+    def check_no_password(self, *arguments, says, **popen):
+        """See that the program does not start without a terminal to ask on, and says why."""
+        self.check_refusal("--port=0", *arguments, start_new_session=True, says=says, **popen)
 
     def test_key_ring(self):
         self.need("dbus-run-session", "gnome-keyring-daemon", "secret-tool")
@@ -5401,7 +5086,7 @@ class Passwords(PeerCase):
         file = shlex.split(encrypt)[-1].replace("~", self.folder)
         with open(file, "wb") as encrypted:
             encrypted.write(b"no such thing")
-        self.check_refusal(auth + " 2>/dev/null", env=self.home, says="with exit status 2")
+        self.check_no_password(auth + " 2>/dev/null", env=self.home, says="with exit status 2")
 
     def test_each_place_is_looked_at_in_its_turn(self):
         """The programs of a key ring are scripts here, and its module a file."""
@@ -5435,7 +5120,7 @@ class Passwords(PeerCase):
                     if password:
                         self.check_password(password, "--auth=joe", env=env)
                     else:
-                        self.check_refusal("--auth=joe", env=env, says=says)
+                        self.check_no_password("--auth=joe", env=env, says=says)
                 self.assertEqual(self.read(called) if os.path.exists(called) else "", entry)
 
     def test_the_password_is_the_first_line(self):
@@ -5449,23 +5134,15 @@ class Passwords(PeerCase):
                     self.write("printed", printed)
                     self.check_password(password, way, env=self.home, cwd=self.folder)
             self.write("printed", b"se\0cret\n")
-            self.check_refusal(way, env=self.home, cwd=self.folder, says="NUL")
+            self.check_no_password(way, env=self.home, cwd=self.folder, says="NUL")
 
     def test_a_command_reads_standard_input_unless_that_is_a_client(self):
-        self.check_refusal("--interface=192.0.2.1", "--command=true",
+        self.check_no_password("--interface=192.0.2.1", "--command=true",
                            "--auth=joe,read answer && echo $answer", input=b"secret\n",
                            says="cannot listen on 192.0.2.1")       # the password was in order
         done = self.run_program("--inetd", "--command=true", "--auth=joe,cat >&2; echo secret",
                                 input=b"QUIT\r\n")
         self.assertEqual((done.returncode, done.stdout.splitlines()[-1][:3]), (0, b"221"))
-
-    def test_commands_that_print_none(self):
-        for command, says in (("exit 7", "failed, with exit status 7"),
-                              ("true", "printed no password"),
-                              ("echo; echo secret", "printed no password"),
-                              ("no-such-program 2>/dev/null", "failed, with exit status 127")):
-            with self.subTest(command=command):
-                self.check_refusal("--auth=joe," + command, says=says)
 
     def test_no_prompt_under_inetd(self):
         self.home["PATH"] = self.folder     # no secret-tool
@@ -5534,7 +5211,8 @@ class Encryption(PeerCase):
 
     def serve(self, *options):
         """A daemon with TLS and a login."""
-        return self.start("--auth=joe,echo secret", *(options or self.tls_files))
+        return self.start("--auth=joe,echo secret", *(options or self.tls_files),
+                          limits={"TURN": 0.1})
 
     def inside(self, process, certificate=CERTIFICATE_1):
         """A client within TLS."""
@@ -5627,15 +5305,6 @@ class Encryption(PeerCase):
                     self.assertLess(time.monotonic() - since, 5)    # 10 would be the full rule's
                     wait_for(lambda: "session 2: connect" in self.logged(), "the slot")
 
-    def test_a_key_from_a_pipe(self):
-        """As from gpg -d, by way of bash."""
-        process = self.popen("--port=0", "--command=%s -f %%F --" % self.capture,
-                             "--log=" + self.log, self.tls_files[0], "--tls-key-file=/dev/fd/0",
-                             stdin=subprocess.PIPE)
-        process.stdin.write(KEY_1.encode())
-        process.stdin.close()
-        self.post(self.address(), "ESMTPS", trusting())
-
     def test_files_that_are_not_in_order(self):
         self.write("nothing", "no certificate here")
         self.write("both", CERTIFICATE_1 + KEY_1)
@@ -5694,116 +5363,65 @@ class Encryption(PeerCase):
         self.peer("sh", "-c", self.shown("^openssl req")[0])
         process = self.start("--tls-cert-file=" + self.path("cert.pem"),
                              "--tls-key-file=" + self.path("key.pem"))
-        curl = shutil.which("curl")
         for name in "127.0.0.1", "localhost":
             with self.subTest(name=name):
                 client = self.connect(name, process.port)
                 client.starttls(context=ssl.create_default_context(cafile=self.path("cert.pem")))
                 self.post_by(client, "ESMTPS")
-                if curl:
-                    self.peer(curl, "--silent", "--show-error", "--ssl-reqd", "--crlf", "--cacert",
-                              "cert.pem", "--mail-from", "a@example.org", "--mail-rcpt",
-                              "b@example.org", "-T", "-", "smtp://%s:%d" % (name, process.port),
-                              data=LETTER)
-        self.assertEqual(len(self.delivered()), 4 if curl else 2)
+
+    def test_terminal_says_how_to_try_it(self):
+        daemon, shown = self.on_terminal("--interface=0.0.0.0", "--auth=joe,echo x",
+                                         *self.tls_files, "--tls-starttls=off")
+        self.assertIn("try it: openssl s_client -connect [127.0.0.1]:%d;" % daemon.port, shown)
 
 
 class Queue(PeerCase):
-    """Postfix behind the program: it keeps what cannot be sent now."""
+    """Postfix behind the program, as README shows it: it keeps what cannot be sent now."""
 
-    def postfix(self, upstream):
-        """Start Postfix in a folder of its own, without a listener; return sendmail's folder."""
+    def test_postfix_takes_each_mail_whole(self):
         root = os.environ.get("POSTFIX_ROOT", "/")
         programs = os.path.join(root, "usr/sbin")
-        self.need("postqueue", "postdrop", "sendmail", where=programs)
-        daemons = [path for path in (os.path.join(root, "usr/lib/postfix/sbin"),
-                                     os.path.join(root, "usr/libexec/postfix"))
-                   if os.path.exists(os.path.join(path, "master"))]
-        if not daemons:
-            self.skipTest("no postfix")
+        postcat = self.need("postcat", "postdrop", "sendmail", where=programs)
         if os.getuid():
             self.skipTest("no postfix without root")
-        owner = next(pwd.getpwnam(name) for name in ("postfix", "uucp", "daemon")
+        owner = next(name for name in ("postfix", "uucp", "daemon")
                      if name in {user.pw_name for user in pwd.getpwall()})
-        group = next(entry for entry in grp.getgrall() if entry.gr_name in ("postdrop", "staff"))
-        os.chmod(self.folder, 0o755)
-        for name in ("conf data q q/incoming q/active q/deferred q/bounce q/defer q/corrupt "
-                     "q/hold q/maildrop q/pid q/private q/public q/saved q/trace").split():
-            os.mkdir(self.path(name), 0o755 if name in ("conf", "q") else 0o700)
-            if name not in ("conf", "q", "q/pid"):
-                os.chown(self.path(name), owner.pw_uid, -1)
-        for name, mode in ("q/maildrop", 0o730), ("q/public", 0o710):
-            os.chown(self.path(name), -1, group.gr_gid)
-            os.chmod(self.path(name), mode)
-        self.write("conf/main.cf", MAIN_CF.format(
-            folder=self.folder, programs=programs, daemons=daemons[0], owner=owner.pw_name,
-            group=group.gr_name, libraries=os.path.dirname(daemons[0]), upstream=upstream))
-        self.write("conf/master.cf", MASTER_CF)
-        for name in "conf/main.cf", "conf/master.cf":
-            os.chmod(self.path(name), 0o644)
-            os.utime(self.path(name), (0, 0))   # Postfix waits where it is new
-        self.home["MAIL_CONFIG"] = self.path("conf")
+        folder = self.path("maildrop")
+        os.mkdir(folder, 0o730)
+        os.chown(folder, pwd.getpwnam(owner).pw_uid, -1)
+        self.write("main.cf", MAIN_CF.format(folder=self.folder, programs=programs, owner=owner,
+                                             libraries=os.path.join(root, "usr/lib/postfix")))
+        os.utime(self.path("main.cf"), (0, 0))      # Postfix waits where it is new
+        self.home["MAIL_CONFIG"] = self.folder
         self.home["LD_LIBRARY_PATH"] = os.environ.get("LD_LIBRARY_PATH", "")
-        self.spawn_group(os.path.join(daemons[0], "master"), "-d", "-c", self.home["MAIL_CONFIG"])
-        wait_for(lambda: os.path.exists(self.path("q/public/pickup")), "Postfix")
-        return programs
-
-    def test_postfix_keeps_mail_while_the_upstream_is_down(self):
         command = re.search(r"--command='(/usr/sbin/sendmail .*?)'", self.paper("README")).group(1)
-        port, mails = self.free_port(), []
-        programs = self.postfix(port)
         process = self.start("--command=" + command.replace("/usr/sbin", programs), env=self.home)
         client = self.connect(process.host, process.port)
         for _ in range(3):
             client.sendmail("a@example.org", ["b@example.org", "c@example.org"],
                             LETTER.replace(b"\n", b"\r\n"))
-
-        def queued():
-            return self.peer(os.path.join(programs, "postqueue"), "-p")
-        wait_for(lambda: self.read("postfix.log").count("status=deferred") >= 6, "the recipients")
-        self.assertEqual(queued().count("Connection refused"), 3)
-        with msmtpd.Server(mails.append, port=port):
-            self.peer(os.path.join(programs, "postqueue"), "-f")
-            wait_for(lambda: self.read("postfix.log").count(": removed") == 3, "an empty queue")
-        self.assertIn("queue is empty", queued())
-        self.assertEqual(len(mails), 3)
-        for mail in mails:
-            self.assertEqual((mail.sender, sorted(mail.recipients)),
-                             ("a@example.org", ["b@example.org", "c@example.org"]))
-            self.assertTrue(mail.data.endswith(LETTER))
+        names = os.listdir(folder)
+        self.assertEqual(len(names), 3)
+        for name in names:
+            shown = self.peer(postcat, os.path.join(folder, name))
+            self.assertEqual(re.findall("^(?:sender|recipient): (.*)", shown, re.MULTILINE),
+                             ["a@example.org", "b@example.org", "c@example.org"])
+            self.assertIn("\n%s*** " % LETTER.decode(), shown)
 
 
 MAIN_CF = """\
-queue_directory = {folder}/q
-data_directory = {folder}/data
+queue_directory = {folder}
+data_directory = {folder}
 command_directory = {programs}
-daemon_directory = {daemons}
+daemon_directory = {libraries}/sbin
 shlib_directory = {libraries}
 mail_owner = {owner}
-setgid_group = {group}
+setgid_group = staff
 myhostname = localhost
-mydestination =
-relayhost = [127.0.0.1]:{upstream}
-inet_interfaces = loopback-only
 import_environment = MAIL_CONFIG LD_LIBRARY_PATH
 export_environment = MAIL_CONFIG LD_LIBRARY_PATH
 maillog_file = {folder}/postfix.log
 maillog_file_prefixes = /
-smtp_dns_support_level = disabled
-smtp_connection_cache_on_demand = no
-"""
-MASTER_CF = """\
-pickup unix n - n 1 1 pickup
-cleanup unix n - n - 0 cleanup
-qmgr unix n - n 1 1 qmgr
-rewrite unix - - n - - trivial-rewrite
-bounce unix - - n - 0 bounce
-defer unix - - n - 0 bounce
-smtp unix - - n - - smtp
-error unix - - n - - error
-retry unix - - n - - error
-showq unix n - n - - showq
-postlog unix-dgram n - n - 1 postlogd
 """
 
 

@@ -2188,16 +2188,14 @@ def _find_spawn(environment: list[bytes]) -> Spawn:
 def _glibc_spawn(environment: list[bytes]) -> Spawn:
     """A Spawn by posix_spawn(3) of glibc 2.34 or newer; raises what _find_spawn catches elsewhere.
 
-    Other threads run while it starts a process, as they do not under subprocess: eight clients get
-    half as many mails again delivered.
+    Other threads run meanwhile, unlike under subprocess: half as many mails again for 8 clients.
     """
     import ctypes
     glibc, posix_spawn = ctypes.PyDLL("libc.so.6"), ctypes.CDLL("libc.so.6").posix_spawn
     add_dup2 = glibc.posix_spawn_file_actions_adddup2
     add_close_from = glibc.posix_spawn_file_actions_addclosefrom_np
 
-    def block() -> ctypes.Array[ctypes.c_long]:
-        return (ctypes.c_long * 128)()      # larger than each of glibc's structures
+    block = ctypes.c_long * 128         # larger than each of glibc's structures
 
     def strings(texts: list[bytes]) -> ctypes.Array[ctypes.c_char_p]:
         if b"\0" in b"".join(texts):
@@ -2297,10 +2295,7 @@ class Server:
         self._max_sessions = MAX_SESSIONS if max_sessions is None else max_sessions
         max_size = MAX_SIZE if max_size is None else max_size
         timeout = TIMEOUT if timeout is None else timeout
-        for name, function in (("deliver", deliver), ("check", check),
-                               ("authenticate", authenticate)):
-            if not (callable(function) or function is None and name != "deliver"):
-                raise TypeError("%s has to be a function, not %r" % (name, function))
+        _require_functions(deliver, check, authenticate)
         for makes_sense, wanted in (
                 (self._hosts and all(isinstance(address, str) for address in self._hosts),
                  "host has to be an IP address, or a sequence of them; \"::\" is any"),
@@ -2324,10 +2319,8 @@ class Server:
         authenticator = None if authenticate is None else _Authenticator(authenticate)
         self._settings = _Settings(deliver, checks, room, authenticator, auth_required, tls,
                                    starttls, received, max_size, timeout)
-        self._session = session
-        self._log = _library_log(log)
-        self._numbers = itertools.count(1)
-        self._starting = threading.RLock()
+        self._session, self._log = session, _library_log(log)
+        self._starting, self._numbers = threading.RLock(), itertools.count(1)
         self._service: _Service | None = None       # while it is started
 
     @property
@@ -2574,6 +2567,13 @@ class _Service:
                     time.sleep(0.1)
 
 
+def _require_functions(deliver: object, check: object, authenticate: object) -> None:
+    """Raise TypeError for what cannot be called."""
+    for name, function in (("deliver", deliver), ("check", check), ("authenticate", authenticate)):
+        if not (callable(function) or function is None and name != "deliver"):
+            raise TypeError("%s has to be a function, not %r" % (name, function))
+
+
 def _require_server_context(context: object) -> None:
     """Raise ValueError for what no server can do a handshake with: clients would be told of TLS."""
     import ssl
@@ -2755,7 +2755,7 @@ def _read_options(words: Sequence[str], options: argparse.Namespace) -> None:
 
 
 def _parser() -> argparse.ArgumentParser:
-    """The options, with their defaults and texts."""
+    """What reads the options, and writes --help."""
     import argparse
 
     class Parser(argparse.ArgumentParser):
@@ -2771,6 +2771,11 @@ def _parser() -> argparse.ArgumentParser:
         "becomes the sender; the recipients are appended as arguments.",
         epilog="Exit status: 0 stopped as asked; 1 stopped by a second signal, or the one session "
         "under inetd went wrong; 3 could not start. The manual is msmtpd.1.")
+    _add_options(parser)
+    return parser
+
+
+def _add_options(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument_group("service").add_argument
     add("--inetd", action="store_true", help="serve one client on standard input and output")
     add("--interface", metavar="IP", action="append", type=_text, default=[],
@@ -2806,7 +2811,6 @@ def _parser() -> argparse.ArgumentParser:
     add("--help", action="help", help="print this summary")
     add("--version", action="version", version="msmtpd.py " + __version__,
         help="print the version")
-    return parser
 
 
 def _mistake(text: str) -> Exception:
@@ -2855,10 +2859,22 @@ def _size(value: str) -> int:
 
 def _open_log(options: argparse.Namespace, stderr: TextIO | None) -> _Log:
     """The log that --log names. Raises _StartError where it cannot be opened."""
-    target = options.log
-    if target == "none":
+    if options.log == "none":
         return _Log(None, stderr)
     import logging
+    for level in (logging.DEBUG, logging.INFO):
+        logging.addLevelName(level, "info")
+    logging.addLevelName(logging.ERROR, "error")
+    logging.raiseExceptions = False     # a log that fails must not fill standard error
+    logger = logging.getLogger("msmtpd")
+    logger.handlers[:] = [_log_handler(options.log)]
+    logger.propagate = False
+    logger.setLevel(logging.DEBUG if options.debug else logging.INFO)
+    return _Log(logger, None if options.log == "-" else stderr)
+
+
+def _log_handler(target: str) -> logging.Handler:
+    """What writes to the log. Raises _StartError where it cannot be opened."""
     import logging.handlers
 
     class File(logging.handlers.WatchedFileHandler):
@@ -2875,34 +2891,23 @@ def _open_log(options: argparse.Namespace, stderr: TextIO | None) -> _Log:
             for line in self.format(record).splitlines():
                 syslog.syslog(priority, line.replace("\0", "?"))
 
-    handler: logging.Handler
-    form = "%(asctime)s msmtpd[%(process)d] %(levelname)s: %(message)s"
     if target == "syslog":
         try:
             import syslog
         except ImportError:
             raise _StartError("this system has no syslog; use --log=FILE") from None
         syslog.openlog("msmtpd", syslog.LOG_PID, syslog.LOG_MAIL)
-        handler, form = Syslog(), "%(levelname)s: %(message)s"
-    elif target == "-":
-        handler = logging.StreamHandler(_open_stream(2))
-    else:
-        try:
-            handler = File(target)
-        except OSError as error:
-            hint = "; --log=- is standard error" if target.startswith("/dev/") else ""
-            raise _StartError("cannot open the log %s: %s%s"
-                              % (target, error.strerror, hint)) from None
-    for level in (logging.DEBUG, logging.INFO):
-        logging.addLevelName(level, "info")
-    logging.addLevelName(logging.ERROR, "error")
-    handler.setFormatter(logging.Formatter(form, "%Y-%m-%d %H:%M:%S"))
-    logging.raiseExceptions = False     # a log that fails must not fill standard error
-    logger = logging.getLogger("msmtpd")
-    logger.handlers[:] = [handler]
-    logger.propagate = False
-    logger.setLevel(logging.DEBUG if options.debug else logging.INFO)
-    return _Log(logger, None if target == "-" else stderr)
+        handler: logging.Handler = Syslog()
+        handler.setFormatter(logging.Formatter("%(levelname)s: %(message)s"))
+        return handler
+    try:
+        handler = logging.StreamHandler(_open_stream(2)) if target == "-" else File(target)
+    except OSError as error:
+        hint = "; --log=- is standard error" if target.startswith("/dev/") else ""
+        raise _StartError("cannot open the log %s: %s%s" % (target, error.strerror, hint)) from None
+    handler.setFormatter(logging.Formatter(
+        "%(asctime)s msmtpd[%(process)d] %(levelname)s: %(message)s", "%Y-%m-%d %H:%M:%S"))
+    return handler
 
 
 def _find_password(user: str, command: str, inetd: bool) -> str:

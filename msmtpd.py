@@ -1239,7 +1239,7 @@ class Session:
             if method is None:
                 raise _Refused(Reply(500, "5.5.1", "Unknown command"))
             reply = getattr(self, method)(argument)
-            if verb in _PROTOCOLS and reply and reply.code == 250:
+            if verb in _PROTOCOLS and (reply is None or reply.code == 250):
                 self.helo, self._protocol, self.mail = argument, _PROTOCOLS[verb], None
         except _Refused as refusal:
             reply = refusal.reply

@@ -85,7 +85,6 @@ def has_ipv6():
 
 
 needs_ipv6 = unittest.skipUnless(has_ipv6(), "no IPv6")
-needs_root = unittest.skipUnless(os.name == "posix" and os.geteuid() == 0, "not root")
 
 
 # What the tests share
@@ -1664,7 +1663,7 @@ class Delivery(CommandCase):
             self.run_command(script)
         self.wait_for_end(self.wait_for_pid())
 
-    @needs_root
+    @unittest.skipUnless(os.geteuid() == 0, "not root")
     @unittest.skipUnless(shutil.which("setpriv"), "no setpriv")
     def test_one_that_cannot_be_ended_holds_nothing_up(self):
         """Such as one that runs as another user."""

@@ -545,19 +545,21 @@ def _shown(value: str) -> str:
 # ---------------------------------------------------------------------------------------------
 
 # RFC 5321 4.1.2 and RFC 6531 3.3, but more forgiving: dots may be anywhere in a local part and at
-# the end of a domain, underscores in domains, and hyphens at the end of their labels.
+# the end of a domain, and underscores and hyphens anywhere in its labels.
 _ATEXT = r"""[^\x00-\x20\x7f"(),:;<>@\[\\\]]+"""
 _QUOTED_STRING = r'"(?:[^\x00-\x1f\x7f"\\]|\\[ -~])*"'
 # Letters, digits and _, as a negated set: one that reaches to U+10FFFF takes 45 ms to compile.
-_LABEL = r"[^\x00-/:-@\[-^`{-\x7f][^\x00-,./:-@\[-^`{-\x7f]*"
+_LABEL = r"[^\x00-,./:-@\[-^`{-\x7f]+"
 _DOMAIN = r"(?:{0}(?:\.{0})*\.?|\[[0-9A-Za-z.:]+\])".format(_LABEL)
 # What shapes letters of Persian and Indic scripts; domains may hold it: RFC 5892 A.1, A.2.
 _JOINERS = r"(?<=[^\x00-\x7f])[\u200c\u200d]"
 # A source route is dropped, so its domains are not checked.
 _ROUTE = r"""(?:@(?:\[[^\s\[\]<>@,]*\]|[^\s"\[\]<>@,:]+)(?:,(?=@)|:(?!@)))*"""
+# Some clients write a comment behind the address, as in a header.
+_COMMENT = r"(?:[ \t]*\([^()]*\))?"
 _PATH = re.compile(
-    r"[ \t]*(?P<angle><{3})?(?P<mailbox>{0}(?:@{2})?|{1}@{2})?(?(angle)>)"
-    r"(?:[ \t]+(?P<rest>.*))?".format(_ATEXT, _QUOTED_STRING, _DOMAIN, _ROUTE))
+    r"[ \t]*(?P<angle><[ \t]*{3})?(?:(?P<mailbox>{0}(?:@{2})?|{1}@{2}){4})?(?(angle)[ \t]*>{4})"
+    r"(?:[ \t]+(?P<rest>.*))?".format(_ATEXT, _QUOTED_STRING, _DOMAIN, _ROUTE, _COMMENT))
 _PARAMETER = r"([0-9A-Za-z][0-9A-Za-z-]*)(?:=([^\x00-\x20\x7f]*))?"
 
 # Parameters that are offered, and those that some clients send although they are not.
@@ -606,7 +608,7 @@ def _parse_path(argument: str, keyword: str) -> tuple[str | None, str] | None:
     match = _PATH.fullmatch(text)
     angle, address, rest = match.group("angle", "mailbox", "rest") if match else ("", None, "")
     if address is None:
-        return ("" if angle == "<" else None), rest or ""
+        return ("" if angle and angle.strip(" \t") == "<" else None), rest or ""
     # A leading hyphen could make it an option of the command; what is unprintable, nobody can see.
     visible = address.isprintable() or re.sub(_JOINERS, "", address).isprintable()
     valid = visible and not address.startswith("-") and (
@@ -725,6 +727,9 @@ class _MailData:
                 at, end = min(found)
                 self.ended, self.rest = True, data[at + len(end):]
                 return data[:at + end.index(b".")]
+        if self._first and len(data) < 8:       # the first line's first bytes come together
+            self._tail = data
+            return b""
         for size in (4, 3, 2, 1):
             if any(data.endswith(end[:size]) for end in self._ends):
                 self._tail = data[-size:]
@@ -1356,6 +1361,8 @@ class Session:
             self._log.info("refused the mail data: %s", problem._brief())
         started = _now()
         reply = problem or self._deliver(mail)
+        if reply.code == 250:
+            self._errors = 0    # some clients send a blank line, or an unknown verb, with each mail
         self._last_use = _now()
         self._log_mail(mail, reply, self._last_use - started)
         self._after_data = True
@@ -1539,8 +1546,12 @@ class Session:
         try:
             problem = self._too_big() if 0 < self._settings.max_size < data.size else None
             for lines in pieces if not problem else ():
-                if head and mail.size == len(head) and lines[:1] in (b" ", b"\t"):
-                    lines = b"\n" + lines       # or else that line would continue the field
+                if head and mail.size == len(head):
+                    if lines[:1] in (b" ", b"\t"):
+                        lines = b"\n" + lines       # or else that line would continue the field
+                    elif lines.startswith((b"From ", b">From ")):
+                        # A line of mbox, which behind a field would end the header.
+                        lines = b"X-Mailbox-Line: " + lines
                 mail._write(lines)
             # RFC 5321 6.3: what mails are piped to sends them back here. Each time takes a session,
             # which waits for the next: the limit leaves room for others.

@@ -3962,7 +3962,7 @@ class Daemon(HostCase):
 
     def test_readiness(self):
         """Told to a socket in the file system, or to Linux's abstract kind."""
-        abstract = ["@msmtpd-test-%d" % os.getpid()] * (sys.platform == "linux")
+        abstract = ["@" + os.path.basename(self.folder)] * (sys.platform == "linux")
         for name in (os.path.join(self.folder, "notify"), *abstract):
             with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as notify:
                 notify.bind(name.replace("@", "\0"))

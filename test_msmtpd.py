@@ -3473,8 +3473,8 @@ class ErrorsOnPurpose(LibraryCase):
         server = self.serve(self.stuck, session=Noted)
         for client in self.client(server), self.in_data(server), self.sender(server):
             began = time.monotonic()
-            wait_for(lambda: sessions, "the session")
-            sessions.pop(0).close()
+            port = client.socket.getsockname()[1]
+            wait_for(lambda: [s for s in sessions if s.peer.port == port], "it")[0].close()
             self.assertIn(client.rest() or "", ("", "220 localhost ESMTP msmtpd\r\n"))
             self.assertLess(time.monotonic() - began, 1)
         self.release.set()

@@ -833,7 +833,7 @@ class _Slots:
 
         Who is woken cannot read on; if it has just ceased to wait, it sees that it has to end.
         """
-        for wire, kind in list(self.waiting.items()):
+        for wire, kind in self.waiting.copy().items():
             if self.ends(kind):
                 wire.wake()
 

@@ -115,6 +115,7 @@ KILL_DELAY = 5.0                   # seconds from a command's SIGTERM to its SIG
 AUTH_DELAY = 1.0                   # seconds by which the answer to a failed AUTH is late
 AUTH_MEMORY = 60.0                 # seconds after a failure for which every answer to AUTH is late
 GRACE = 30.0                       # seconds that the program gives mail data when it is stopped
+STOP_PATIENCE = 0.5                # seconds beyond the grace that stop() waits for a `deliver`
 GATHERING = 1.0                    # seconds for which replies are gathered while verbs are slow
 TURN = 1.0                         # seconds of waiting for a client after which to look around
 LISTEN_QUEUE = 4096                # clients that wait; the kernel may cut it, Linux to somaxconn
@@ -2375,7 +2376,7 @@ class Server:
                 service.start()
                 self._service = service
             except BaseException:
-                service.drain(0.0, 0.5)
+                service.drain(0.0, STOP_PATIENCE)
                 service.join()
                 raise
             if self.addresses[0].port is not None:
@@ -2385,11 +2386,11 @@ class Server:
         """Stop listening, end the sessions, and wait for that; never hangs.
 
         Idle sessions end at once, others have `grace` seconds for their mail data. A `deliver` that
-        goes on half a second longer is logged and left behind; one that calls this is not awaited.
+        goes on for STOP_PATIENCE longer is logged and left behind; who calls this is not awaited.
         """
         service = self._service     # by the end, a `deliver` may have started another
         if service:
-            service.drain(grace, 0.5)
+            service.drain(grace, STOP_PATIENCE)
             self._finish(service)
 
     def serve_forever(self) -> None:

@@ -2386,7 +2386,7 @@ class Server:
         """Stop listening, end the sessions, and wait for that; never hangs.
 
         Idle sessions end at once, others have `grace` seconds for their mail data. A `deliver` that
-        goes on for STOP_PATIENCE longer is logged and left behind; who calls this is not awaited.
+        goes on for STOP_PATIENCE longer is logged and left behind, one that calls this not awaited.
         """
         service = self._service     # by the end, a `deliver` may have started another
         if service:

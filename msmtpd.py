@@ -2428,7 +2428,6 @@ class _Service:
 
     def __init__(self, sockets: Sequence[socket.socket], number: int, log: _Log,
                  serve: Callable[[socket.socket, object, _Slots], None]) -> None:
-        import selectors
         import socket
         self.slots = _Slots()
         self.slots.free = set()             # the numbers of threads
@@ -2450,17 +2449,14 @@ class _Service:
             opened.enter_context(self._stop_seen)
             opened.enter_context(self._stop_told)
             self._by_descriptor = {each.fileno(): each for each in (self._stop_seen, *sockets)}
-            self._turn: ContextManager[object] = contextlib.nullcontext()
+            self._epoll: select.epoll | None = None
             if hasattr(select, "epoll"):        # which eventlet and gevent take away
-                self._epoll: select.epoll | None = opened.enter_context(select.epoll())
+                self._epoll = opened.enter_context(select.epoll())
                 self._epoll.register(self._stop_seen, select.EPOLLIN)
                 for listener in sockets:
                     self._epoll.register(listener, select.EPOLLIN | select.EPOLLONESHOT)
-            else:
-                self._epoll, self._turn = None, threading.Lock()
-                self._selector = opened.enter_context(selectors.DefaultSelector())
-                for each in self._by_descriptor.values():
-                    self._selector.register(each, selectors.EVENT_READ, each)
+            self._turn: ContextManager[object] = (contextlib.nullcontext() if self._epoll
+                                                  else threading.Lock())
             self._opened = opened.pop_all()
 
     def start(self) -> None:
@@ -2555,10 +2551,9 @@ class _Service:
             with self._turn:
                 if self.slots.stopping:
                     return None
-                if self._epoll:
-                    ready = [self._by_descriptor[each] for each, _ in self._epoll.poll(None, 1)]
-                else:
-                    ready = [key.data for key, _ in self._selector.select()]
+                descriptors = ([each for each, _ in self._epoll.poll(None, 1)] if self._epoll
+                               else _ready(self._by_descriptor, (), 3600.0))
+                ready = [self._by_descriptor[each] for each in descriptors]
                 if ready and self._stop_seen not in ready:
                     accepted = ready[0].accept()
                     self._pause = 0.0
@@ -2626,7 +2621,7 @@ def _listen(hosts: Sequence[str], wanted: int, tries: int = 8) -> list[socket.so
     with contextlib.ExitStack() as opened:
         for host in hosts:
             try:
-                info = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM,
+                info = socket.getaddrinfo(host.encode("ascii"), port, type=socket.SOCK_STREAM,
                                           flags=socket.AI_NUMERICHOST | socket.AI_PASSIVE)[0]
             except (socket.gaierror, UnicodeError):
                 raise OSError("%r is not an IP address, such as 127.0.0.1" % host) from None

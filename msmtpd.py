@@ -504,16 +504,6 @@ def _open_stream(file: int | str) -> TextIO:
     return io.TextIOWrapper(outlet, "utf-8", "backslashreplace", write_through=True)
 
 
-def _open_stderr(inetd: bool) -> TextIO | None:
-    """Standard error, unless it is closed, or inetd's client."""
-    try:
-        if inetd and any(os.path.sameopenfile(2, other) for other in (0, 1)):
-            return None
-        return _open_stream(2)
-    except OSError:
-        return None
-
-
 def _ready(readers: Iterable[int], writers: Iterable[int], seconds: float) -> list[int]:
     """Those of these descriptors that are ready, or have an error, within `seconds`."""
     if not hasattr(select, "poll"):         # as under eventlet
@@ -1705,20 +1695,13 @@ class _Authenticator:
 
 def one_user(user: str, password: str) -> Authenticate:
     """An `authenticate` that accepts one user, comparing in constant time."""
-    return _any_of({user: password})
-
-
-def _any_of(passwords: dict[str, str]) -> Authenticate:
-    """An `authenticate` that accepts each of these users with the password of that user."""
     import hmac
-    pairs = [(user.encode("utf-8", "surrogateescape"), password.encode("utf-8", "surrogateescape"))
-             for user, password in passwords.items()]
+    right_user, right_password = (text.encode("utf-8", "surrogateescape")
+                                  for text in (user, password))
 
     def authenticate(user: str, password: str) -> bool:
-        # All are compared each time, so that the time tells nothing about which users there are.
-        return True in [hmac.compare_digest(password.encode(), right_password)
-                        & hmac.compare_digest(user.encode(), right_user)
-                        for right_user, right_password in pairs]
+        return (hmac.compare_digest(password.encode(), right_password)
+                & hmac.compare_digest(user.encode(), right_user))
     return authenticate
 
 
@@ -1774,11 +1757,11 @@ class Command:
     def __init__(self, text: str = "msmtp -f %F --", *, timeout: float | None = None,
                  stdout: int | None = None) -> None:
         if os.name != "posix":
-            raise ValueError("a command needs a POSIX system; give Server a function instead")
+            raise ValueError("command needs a POSIX system; give Server a function instead")
         if signal.getsignal(signal.SIGCHLD) is signal.SIG_IGN:
             raise ValueError("this process ignores SIGCHLD, and so loses every exit status")
         if timeout is not None and not timeout > 0:
-            raise ValueError("timeout has to be more than 0 seconds")
+            raise ValueError("command's timeout has to be more than 0 seconds")
         if stdout == 0:
             raise ValueError("stdout cannot be descriptor 0, where the command reads the mail")
         for number in range(3):
@@ -1852,9 +1835,9 @@ class Command:
         """Return the program to start and the command's words, none if a shell has to read it."""
         text = self.text
         if not text.strip():
-            raise ValueError("the command is empty")
+            raise ValueError("command is empty")
         if not {"\r", "\n", "\0"}.isdisjoint(text):
-            raise ValueError("the command holds a CR, LF or NUL; it has to be one line")
+            raise ValueError("command holds a CR, LF or NUL; it has to be one line")
         words: list[str] = []
         bare = re.sub(_QUOTED, "x", text) if _SPECIAL.intersection(text) else text
         if not _SPECIAL.intersection(bare) and bare.replace("\t", " ").isprintable():
@@ -1867,7 +1850,7 @@ class Command:
                 self._warn_if(_missing_interpreter(program))
                 return program, words
         if bare.rstrip()[-1] in ";&|<>\\":
-            raise ValueError("the command ends in %s, which would take a recipient for a "
+            raise ValueError("command ends in %s, which would take a recipient for a "
                              "command or a file; end it in --" % bare.rstrip()[-1])
         if re.search(r"(?:^|[\s;&|()])#", bare):
             self.warnings.append("the command has a comment, which swallows the recipients")
@@ -1891,12 +1874,12 @@ class Command:
         try:
             status, errors = ask("-n", "-c", self.text + ' "$@"')
             if status:
-                raise ValueError("the shell cannot read the command: " + errors)
+                raise ValueError("command cannot be read by the shell: " + errors)
             # The shell knows its builtins, too, but takes any file for a program.
             missing = missing and ("/" in name or ask("-c", 'command -v -- "$1"', "sh", name)[0])
         except OSError as error:
             if not words:
-                raise ValueError("the command needs /bin/sh: %s" % error.strerror) from None
+                raise ValueError("command needs /bin/sh: %s" % error.strerror) from None
         self._warn_if("cannot find or execute the program %s" % name if missing else "")
 
     def _warn_if(self, problem: str) -> None:
@@ -2297,7 +2280,7 @@ class Server:
     client may be silent. log: a logging.Logger, that named "msmtpd" if None.
 
     Once started, `host` and `port` are those of the first socket, `addresses` those of all.
-    Raises TypeError and ValueError for arguments that make no sense.
+    Raises ValueError for arguments that make no sense.
     """
 
     def __init__(self, deliver: Deliver, host: str | Sequence[str] = "127.0.0.1",
@@ -2313,8 +2296,10 @@ class Server:
         self._max_sessions = MAX_SESSIONS if max_sessions is None else max_sessions
         max_size = MAX_SIZE if max_size is None else max_size
         timeout = TIMEOUT if timeout is None else timeout
-        _require_functions(deliver, check, authenticate)
         for makes_sense, wanted in (
+                (callable(deliver) and all(each is None or callable(each)
+                                           for each in (check, authenticate)),
+                 "deliver, check and authenticate have to be functions"),
                 (self._hosts and all(isinstance(address, str) for address in self._hosts),
                  "host has to be an IP address, or a sequence of them; \"::\" is any"),
                 (port in range(65536), "port has to be a number from 0 to 65535"),
@@ -2324,8 +2309,6 @@ class Server:
                 (timeout > 0, "timeout has to be more than 0")):
             if not makes_sense:
                 raise ValueError(wanted)
-        if tls is not None:
-            _require_server_context(tls)
         self.host, self.port = self._hosts[0], port
         self.addresses: list[Peer] = []
         self._port, self._sockets = port, sockets
@@ -2335,8 +2318,10 @@ class Server:
             checks, room = (deliver.check, *checks), deliver._room
         # Not by its truth: an object, such as a table that is still empty, may be false.
         authenticator = None if authenticate is None else _Authenticator(authenticate)
-        self._settings = _Settings(deliver, checks, room, authenticator, auth_required, tls,
+        self._settings = _Settings(deliver, checks, room, authenticator, auth_required, None,
                                    starttls, received, max_size, timeout)
+        if tls is not None:
+            self.tls = tls
         self._session, self._log = session, _library_log(log)
         self._starting, self._numbers = threading.RLock(), itertools.count(1)
         self._service: _Service | None = None       # while it is started
@@ -2349,7 +2334,11 @@ class Server:
 
     @tls.setter
     def tls(self, context: ssl.SSLContext) -> None:
-        _require_server_context(context)
+        import ssl
+        # With any other no handshake succeeds, but clients would be told of TLS.
+        if not isinstance(context, ssl.SSLContext) or context.protocol == ssl.PROTOCOL_TLS_CLIENT:
+            raise ValueError("tls has to be a context for servers, such as "
+                             "ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER), not %r" % (context,))
         self._settings = self._settings._replace(tls=context)
 
     def __enter__(self) -> Server:
@@ -2580,21 +2569,6 @@ class _Service:
                     time.sleep(0.1)
 
 
-def _require_functions(deliver: object, check: object, authenticate: object) -> None:
-    """Raise TypeError for what cannot be called."""
-    for name, function in (("deliver", deliver), ("check", check), ("authenticate", authenticate)):
-        if not (callable(function) or function is None and name != "deliver"):
-            raise TypeError("%s has to be a function, not %r" % (name, function))
-
-
-def _require_server_context(context: object) -> None:
-    """Raise ValueError for what no server can do a handshake with: clients would be told of TLS."""
-    import ssl
-    if not isinstance(context, ssl.SSLContext) or context.protocol == ssl.PROTOCOL_TLS_CLIENT:
-        raise ValueError("tls has to be a context for servers, such as "
-                         "ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER), not %r" % (context,))
-
-
 def _library_log(log: Logger | _Log | None) -> _Log:
     """The log of a server that was given this one."""
     if isinstance(log, _Log):
@@ -2652,10 +2626,9 @@ def _standard_streams() -> tuple[Connection, Peer]:
     if connection.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN):
         raise _StartError("standard input is a listening socket; in inetd.conf write nowait in "
                           "place of wait, in a systemd socket unit Accept=yes")
-    try:
+    peer = Peer()
+    with contextlib.suppress(OSError):      # it has left
         peer = _peer_of(connection.getpeername())
-    except OSError:
-        peer = Peer()
     if not os.path.sameopenfile(0, 1):
         connection.close()
         return _Descriptors(0, 1), peer
@@ -2666,39 +2639,29 @@ def _standard_streams() -> tuple[Connection, Peer]:
 # Command line
 # ---------------------------------------------------------------------------------------------
 
-_DEFAULT_PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
-
-
 class _StartError(Exception):
     """Why the program cannot start, and what to do about it."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the program with these arguments, sys.argv's if None; return its exit status."""
-    if sys.version_info < (3, 8):
-        os.write(2, b"msmtpd: needs Python 3.8 or newer\n")
-        return 3
+    """Run the program with these arguments, sys.argv's if None; return its status; --help exits."""
     words = list(sys.argv[1:] if argv is None else argv)
     # Known before the options are read: a client is to be told of mistakes in them.
     inetd = any(word.partition("=")[0] in ("--ine", "--inet", "--inetd") for word in words)
-    stderr = _open_stderr(inetd)
+    stderr = None
+    with contextlib.suppress(OSError):      # it is closed
+        stderr = _open_stream(2)
     log = _Log(None, stderr)
     try:
-        import argparse
-        options = argparse.Namespace(log="none", debug=False)
         try:
-            try:
-                _settle(stderr is None)
-            finally:        # for the log, which may have been named before the mistake
-                _read_options(words, options)
-        except (_StartError, OSError):
+            _settle(inetd)
+        finally:        # whatever is wrong, the log may have been named before that
+            options, mistake = _read_options(words)
             log = _open_log(options, stderr)
-            raise
-        log = _open_log(options, stderr)
+        if mistake:
+            raise _StartError(mistake)
         return (_run_inetd if inetd else _run_daemon)(options, log)
-    except SystemExit as end:           # --help or --version was asked for
-        return int(end.code or 0)
-    except (_StartError, OSError, ImportError, KeyboardInterrupt, EOFError) as error:
+    except (_StartError, OSError, ImportError, KeyboardInterrupt) as error:
         log.refuse(" ".join(str(error).split()) or "interrupted before the start", inetd)
     except Exception as error:
         log.error("internal error", exc_info=True)
@@ -2709,62 +2672,48 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 3
 
 
-def _settle(mute: bool) -> None:
-    """Put in order what commands inherit: descriptors 0 to 2, PATH, signals.
-
-    mute: whether standard error is not for our words: closed, or the client, as under inetd.
-    """
+def _settle(inetd: bool) -> None:
+    """Put in order what commands inherit: descriptors 0 to 2, PATH, signals."""
     for descriptor in range(3):
         try:
             os.fstat(descriptor)
+            if inetd and descriptor == 2 and any(os.path.sameopenfile(2, n) for n in (0, 1)):
+                os.close(2)     # the client, for whom our words are not
+                os.fstat(2)
         except OSError:         # closed, so the next file opened would take its place
             os.set_inheritable(os.open(os.devnull, os.O_RDWR), True)
-    if mute:
-        null = os.open(os.devnull, os.O_RDWR)
-        os.dup2(null, 2)
-        os.close(null)
-    os.environ.setdefault("PATH", _DEFAULT_PATH)
+    os.environ.setdefault("PATH", "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin")
     if os.name == "posix":
         signal.pthread_sigmask(signal.SIG_SETMASK, ())
         if signal.getsignal(signal.SIGCHLD) is signal.SIG_IGN:      # exit statuses would be lost
             signal.signal(signal.SIGCHLD, signal.SIG_DFL)
 
 
-def _read_options(words: Sequence[str], options: argparse.Namespace) -> None:
-    """Set the options that `words` name, and the defaults of the others.
-
-    Raises _StartError for a mistake, when those before it have been set.
-    """
-    parser = _parser()
+def _read_options(words: Sequence[str]) -> tuple[argparse.Namespace, str]:
+    """The options that `words` name, and what is wrong with them, "" if nothing is."""
+    import argparse
+    parser, options = _parser(), argparse.Namespace()
     try:
         _, unknown = parser.parse_known_args(words, options)
-    except _StartError:     # argparse may say so before it has set anything
-        for end in range(len(words), 0, -1):
-            try:
+    except _StartError as error:    # argparse may say so before it has set those before the mistake
+        for end in range(len(words)):
+            with contextlib.suppress(_StartError):
                 parser.parse_known_args(words[:end], options)
-                break
-            except _StartError:
-                pass
-        raise
+        return options, str(error)
     if unknown:
-        hint = "; options begin with --, and a value with spaces needs quotes"
-        if unknown[0].startswith("--"):
-            known = ["--" + option.replace("_", "-") for option in vars(options)]
-            try:
-                import difflib
-                near = difflib.get_close_matches(unknown[0].partition("=")[0], known, 1, 0.5)
-            except ImportError:     # Debian's python3-minimal has none
-                near = []
-            hint = "".join("; did you mean %s?" % option for option in near)
-        raise _StartError("unknown argument %s%s; see --help" % (unknown[0], hint))
+        known = ["--" + name.replace("_", "-") for name in vars(options)]
+        near: list[str] = []
+        with contextlib.suppress(ImportError):      # Debian's python3-minimal has no difflib
+            import difflib
+            near = difflib.get_close_matches(unknown[0].partition("=")[0], known, 1, 0.5)
+        hint = ("; did you mean %s?" % near[0] if near else
+                "; options begin with --, and a value with spaces needs quotes")
+        return options, "unknown argument %s%s; see --help" % (unknown[0], hint)
     if not options.tls_cert_file and (options.tls_key_file or options.tls_starttls == "off"):
-        raise _StartError("TLS needs --tls-cert-file, too; see --help")
-    users = [user for user, _ in options.auth]
-    for user in users:
-        if users.count(user) > 1:
-            raise _StartError("--auth names %s twice; each user has one password" % user)
-    if options.debug and options.log == "none":
-        options.log = "-"
+        return options, "TLS needs --tls-cert-file, too; see --help"
+    if len(dict(options.auth)) < len(options.auth):
+        return options, "--auth names a user twice: " + ", ".join(dict(options.auth))
+    return options, ""
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -2793,7 +2742,7 @@ def _add_options(parser: argparse.ArgumentParser) -> None:
     add("--inetd", action="store_true", help="serve one client on standard input and output")
     add("--interface", metavar="IP", action="append", type=_text, default=[],
         help="listen on this address (127.0.0.1), repeatable")
-    add("--port", metavar="NUMBER", type=_port, default=25,
+    add("--port", metavar="NUMBER", type=int, default=25,
         help="listen on this port (%(default)s), 0 for a free one")
     add("--command", metavar="CMD", type=_text, default="msmtp -f %F --",
         help="pipe mails to this (msmtp -f %%F --)")
@@ -2814,11 +2763,11 @@ def _add_options(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument_group("limits").add_argument
     add("--max-size", metavar="BYTES", type=_size, default=MAX_SIZE,
         help="of a mail (64M), 0 for none; K, M, G may follow")
-    add("--max-sessions", metavar="NUMBER", type=_count, default=MAX_SESSIONS,
+    add("--max-sessions", metavar="NUMBER", type=int, default=MAX_SESSIONS,
         help="at a time (%(default)s), further clients wait")
-    add("--timeout", metavar="SECONDS", type=_seconds, default=TIMEOUT,
+    add("--timeout", metavar="SECONDS", type=float, default=TIMEOUT,
         help="for a client's silence (%(default).0f)")
-    add("--delivery-timeout", metavar="SECONDS", type=_seconds, default=DELIVERY_TIMEOUT,
+    add("--delivery-timeout", metavar="SECONDS", type=float, default=DELIVERY_TIMEOUT,
         help="for a run of the command (%(default).0f)")
     add = parser.add_argument_group("information").add_argument
     add("--help", action="help", help="print this summary")
@@ -2844,46 +2793,28 @@ def _auth(value: str) -> tuple[str, str]:
     return user, command
 
 
-def _port(value: str) -> int:
-    if not (value.isdecimal() and int(value) <= 65535):
-        raise _mistake("%r is not a port number, 0 to 65535" % value)
-    return int(value)
-
-
-def _count(value: str) -> int:
-    if not (value.isdecimal() and int(value) > 0):
-        raise _mistake("%r is not a number of 1 or more" % value)
-    return int(value)
-
-
-def _seconds(value: str) -> float:
-    if not re.fullmatch(r"[0-9]+(\.[0-9]+)?", value) or not 0 < float(value) < 1e9:
-        raise _mistake("%r is not a number of seconds, above 0 and below 1000000000" % value)
-    return float(value)
-
-
 def _size(value: str) -> int:
     match = re.fullmatch(r"([0-9]{1,15})([KMG]?)", value.upper())
     if not match:
         raise _mistake("%r is not a size, such as 500K, 64M or 0" % value)
-    factor: int = 1024 ** " KMG".index(match.group(2) or " ")
-    return int(match.group(1)) * factor
+    return int(match.group(1)) << 10 * " KMG".index(match.group(2) or " ")
 
 
 def _open_log(options: argparse.Namespace, stderr: TextIO | None) -> _Log:
-    """The log that --log names. Raises _StartError where it cannot be opened."""
-    if options.log == "none":
+    """The log that the options name. Raises _StartError where it cannot be opened."""
+    target = "-" if options.debug and options.log == "none" else options.log
+    if target == "none":
         return _Log(None, stderr)
     import logging
-    for level in (logging.DEBUG, logging.INFO):
-        logging.addLevelName(level, "info")
-    logging.addLevelName(logging.ERROR, "error")
+    for level in range(logging.DEBUG, logging.CRITICAL + 1, 10):
+        logging.addLevelName(level, "info" if level <= logging.INFO else "error")
     logging.raiseExceptions = False     # a log that fails must not fill standard error
+    origin = "" if target == "syslog" else "%(asctime)s msmtpd[%(process)d] "
+    logging.basicConfig(handlers=[_log_handler(target)], force=True, datefmt="%Y-%m-%d %H:%M:%S",
+                        format=origin + "%(levelname)s: %(message)s")
     logger = logging.getLogger("msmtpd")
-    logger.handlers[:] = [_log_handler(options.log)]
-    logger.propagate = False
     logger.setLevel(logging.DEBUG if options.debug else logging.INFO)
-    return _Log(logger, None if options.log == "-" else stderr)
+    return _Log(logger, None if target == "-" else stderr)
 
 
 def _log_handler(target: str) -> logging.Handler:
@@ -2904,62 +2835,57 @@ def _log_handler(target: str) -> logging.Handler:
             for line in self.format(record).splitlines():
                 syslog.syslog(priority, line.replace("\0", "?"))
 
-    if target == "syslog":
-        try:
-            import syslog
-        except ImportError:
-            raise _StartError("this system has no syslog; use --log=FILE") from None
-        syslog.openlog("msmtpd", syslog.LOG_PID, syslog.LOG_MAIL)
-        handler: logging.Handler = Syslog()
-        handler.setFormatter(logging.Formatter("%(levelname)s: %(message)s"))
-        return handler
     try:
-        handler = logging.StreamHandler(_open_stream(2)) if target == "-" else File(target)
+        if target == "-":
+            return logging.StreamHandler(_open_stream(2))
+        if target != "syslog":
+            return File(target)
+        import syslog
+        syslog.openlog("msmtpd", syslog.LOG_PID, syslog.LOG_MAIL)
+        return Syslog()
+    except ImportError:
+        raise _StartError("this system has no syslog; use --log=FILE") from None
     except OSError as error:
         hint = "; --log=- is standard error" if target.startswith("/dev/") else ""
         raise _StartError("cannot open the log %s: %s%s" % (target, error.strerror, hint)) from None
-    handler.setFormatter(logging.Formatter(
-        "%(asctime)s msmtpd[%(process)d] %(levelname)s: %(message)s", "%Y-%m-%d %H:%M:%S"))
-    return handler
 
 
 def _find_password(user: str, command: str, inetd: bool) -> str:
     """The password of --auth, looked up once. Raises _StartError saying what was tried."""
-    if command:
-        return _evaluate(command, inetd)
     tried = []
-    for password, why_not in _look_up(user, inetd):
+    for password, why_not in _look_up(user, command, inetd):
         if password:
             return password
         tried.append(why_not)
-    raise _StartError("no password for %s: %s; store one with \"secret-tool store --label=msmtpd "
-                      "host localhost service smtp user %s\", or give a command that prints it: "
-                      "--auth=%s,COMMAND" % (user, ", ".join(tried), user, user))
+    hint = "" if command else (
+        "; store one with \"secret-tool store --label=msmtpd host localhost service smtp user %s\""
+        ", or give a command that prints it: --auth=%s,COMMAND" % (user, user))
+    raise _StartError("no password for %s: %s%s" % (user, ", ".join(tried), hint))
 
 
-def _look_up(user: str, inetd: bool) -> Iterator[tuple[str, str]]:
+def _look_up(user: str, command: str, inetd: bool) -> Iterator[tuple[str, str]]:
     """Look in one place after the other; yield the password, or "" and why it is not there."""
+    if command:
+        import subprocess
+        done = subprocess.run(command, shell=True, stdout=subprocess.PIPE, check=False,
+                              stdin=subprocess.DEVNULL if inetd else None)
+        failure = "failed, with exit status %d" % done.returncode if done.returncode else ""
+        yield ("" if failure else _first_line(done.stdout),
+               "the password command of --auth " + (failure or "printed no password"))
+        return
     yield _run_lookup("secret-tool", "lookup", "host", "localhost", "service", "smtp",
                       "user", user)
-    yield _ask_keyring(user)
+    try:
+        import keyring  # type: ignore[import-not-found, unused-ignore]
+        yield keyring.get_password("smtp://localhost", user) or "", "keyring: no such entry"
+    except ImportError:
+        yield "", "no Python package keyring"
+    except Exception as error:      # each of its back ends raises its own
+        yield "", "keyring: %s" % _shown(_why(error))
     if sys.platform == "darwin":
         yield _run_lookup("security", "find-internet-password", "-s", "localhost", "-r", "smtp",
                           "-a", user, "-w")
     yield ("", "no prompt under inetd") if inetd else _ask_terminal(user)
-
-
-def _evaluate(command: str, inetd: bool) -> str:
-    """The first line of what `command` prints."""
-    import subprocess
-    done = subprocess.run(command, shell=True, stdout=subprocess.PIPE, check=False,
-                          stdin=subprocess.DEVNULL if inetd else None)
-    if done.returncode:
-        raise _StartError("the password command of --auth failed, with exit status %d"
-                          % done.returncode)
-    password = _first_line(done.stdout)
-    if not password:
-        raise _StartError("the password command of --auth printed no password")
-    return password
 
 
 def _first_line(output: bytes) -> str:
@@ -2974,8 +2900,7 @@ def _run_lookup(*arguments: str) -> tuple[str, str]:
     """The first line that a look-up program prints, or why there is none."""
     import subprocess
     try:
-        done = subprocess.run(arguments, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
-                              stderr=subprocess.PIPE, timeout=60, check=False)
+        done = subprocess.run(arguments, stdin=subprocess.DEVNULL, capture_output=True, timeout=60)
     except FileNotFoundError:
         return "", "no program %s" % arguments[0]
     except (OSError, subprocess.TimeoutExpired) as error:
@@ -2983,16 +2908,6 @@ def _run_lookup(*arguments: str) -> tuple[str, str]:
     errors = done.stderr.decode("utf-8", "replace").strip()
     why_not = _shown(errors.split(": ", 1)[-1]) or "no such entry, or the key ring is locked"
     return "" if done.returncode else _first_line(done.stdout), "%s: %s" % (arguments[0], why_not)
-
-
-def _ask_keyring(user: str) -> tuple[str, str]:
-    try:
-        import keyring  # type: ignore[import-not-found, unused-ignore]
-        return keyring.get_password("smtp://localhost", user) or "", "keyring: no such entry"
-    except ImportError:
-        return "", "no Python package keyring"
-    except Exception as error:      # each of its back ends raises its own
-        return "", "keyring: %s" % _shown(_why(error))
 
 
 def _ask_terminal(user: str) -> tuple[str, str]:
@@ -3009,37 +2924,35 @@ def _ask_terminal(user: str) -> tuple[str, str]:
         return _first_line(error.object), "none was typed"
 
 
-def _tls_context(certificate: str, key: str | None) -> ssl.SSLContext:
+def _tls_context(options: argparse.Namespace) -> ssl.SSLContext:
     """A context for TLS 1.2 and newer. Raises _StartError where the files are not in order."""
     try:
         import ssl
     except ImportError:
         raise _StartError("this Python has no ssl module, and so no TLS") from None
+    certificate, key = options.tls_cert_file, options.tls_key_file or options.tls_cert_file
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     context.minimum_version = ssl.TLSVersion.TLSv1_2
     context.options |= getattr(ssl, "OP_NO_RENEGOTIATION", 0)
-    if ssl.HAS_TLSv1_3:
-        # Clients that use libesmtp take a ticket for the reply that they wait for, and hang.
-        context.num_tickets = 0
+    # Clients that use libesmtp take a ticket for the reply that they wait for, and hang.
+    context.num_tickets = 0
 
     def refuse() -> str:
         raise _StartError("the key in %s is encrypted; decrypt it first, with "
-                          "\"openssl pkey -in KEY -out FILE\"" % (key or certificate))
-    for name, part in (certificate, b"CERTIFICATE"), (key or certificate, b"PRIVATE KEY"):
-        try:
-            with open(name, "rb") as file:      # which may be a pipe that can be read but once
-                found = not os.path.isfile(name) or part + b"-----" in file.read(1024 * 1024)
-        except OSError as error:
-            raise _StartError("cannot read %s: %s" % (name, error.strerror)) from None
-        if not found:
-            raise _StartError("there is no %s in %s, in PEM format; if it is in another file, name "
-                              "that with --tls-cert-file or --tls-key-file"
-                              % (part.decode().lower(), name))
+                          "\"openssl pkey -in KEY -out FILE\"" % key)
     try:
+        for name, part in (certificate, b"CERTIFICATE"), (key, b"PRIVATE KEY"):
+            with open(name, "rb") as file:      # which may be a pipe that can be read but once
+                if os.path.isfile(name) and part + b"-----" not in file.read(1024 * 1024):
+                    raise _StartError("there is no %s in %s, in PEM format; if it is in another "
+                                      "file, name that with --tls-cert-file or --tls-key-file"
+                                      % (part.decode().lower(), name))
         context.load_cert_chain(certificate, key, refuse)
-    except OSError as error:            # ssl.SSLError is one
+    except ssl.SSLError as error:
         raise _StartError("cannot use the certificate in %s with the key in %s: %s" % (
-            certificate, key or certificate, re.sub(r" \(_ssl\.c.*", "", str(error)))) from None
+            certificate, key, re.sub(r" \(_ssl\.c.*", "", str(error)))) from None
+    except OSError as error:
+        raise _StartError("cannot read %s: %s" % (error.filename, error.strerror)) from None
     return context
 
 
@@ -3047,21 +2960,24 @@ def _make_server(options: argparse.Namespace, log: _Log,
                  stdout: int | None) -> tuple[Server, Command]:
     """The server that the options describe, and the command it delivers to."""
     sockets = _inherited_sockets(options.inetd)
+    checks: list[Authenticate] = []
+
+    def authenticate(user: str, password: str) -> bool:
+        # All are asked each time, so that the time tells nothing about which users there are.
+        return True in [check(user, password) for check in checks]
     try:
         command = Command(options.command, timeout=options.delivery_timeout, stdout=stdout)
-    except ValueError as error:
-        raise _StartError("bad --command: %s" % error) from None
-    authenticate = tls = None
-    if options.tls_cert_file:
-        tls = _tls_context(options.tls_cert_file, options.tls_key_file)
-    if options.auth:
-        authenticate = _any_of({user: _find_password(user, program, options.inetd)
-                                for user, program in options.auth})
-    server = Server(command, options.interface or "127.0.0.1", options.port,
-                    authenticate=authenticate, tls=tls, starttls=options.tls_starttls == "on",
-                    received=options.received == "on", max_size=options.max_size,
-                    max_sessions=options.max_sessions, timeout=options.timeout,
-                    sockets=sockets, log=log)   # type: ignore[arg-type]
+        server = Server(command, options.interface or "127.0.0.1", options.port,
+                        authenticate=authenticate if options.auth else None,
+                        tls=_tls_context(options) if options.tls_cert_file else None,
+                        starttls=options.tls_starttls == "on", received=options.received == "on",
+                        max_size=options.max_size, max_sessions=options.max_sessions,
+                        timeout=options.timeout, sockets=sockets,
+                        log=log)    # type: ignore[arg-type]
+    except ValueError as error:     # it begins with an argument's name, as the option has it
+        raise _StartError("--" + str(error).replace("_", "-", 1)) from None
+    checks += [one_user(user, _find_password(user, program, options.inetd))
+               for user, program in options.auth]       # last, since it may ask
     for text in command.warnings:
         log.warn(text)
     return server, command
@@ -3075,7 +2991,7 @@ def _run_inetd(options: argparse.Namespace, log: _Log) -> int:
         raise _StartError("TLS needs a socket as standard input and output")
     server, command = _make_server(options, log, os.open(os.devnull, os.O_WRONLY))
     slots = _Slots()
-    _stop_by_signal(slots.stop, command, options)
+    _stop_by_signal(slots, slots.stop, command)
     if options.auth:    # always late, since no memory of failures outlives this process
         server._settings.authenticator.always_late = True
     return 0 if server._new_session(connection, slots, peer)._run() else 1
@@ -3087,12 +3003,11 @@ def _run_daemon(options: argparse.Namespace, log: _Log) -> int:
     notify = os.environ.pop("NOTIFY_SOCKET", "")
     server, command = _make_server(options, log, None)
     service = _start_server(server, options)
-    _stop_by_signal(service.drain, command, options)
+    _stop_by_signal(service.slots, service.drain, command)
     asked: list[int] = []
     if not os.isatty(2) and signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:
         signal.signal(signal.SIGHUP, lambda number, frame: asked.append(number))
-    on_terminal = os.isatty(2) and options.log != "-"
-    _announce(server, log, options, on_terminal)
+    _announce(server, log, options)
     gc.freeze()         # what is there now stays: the collector need not look through it each time
     _notify(notify, b"READY=1")
     while not service.wait():
@@ -3100,7 +3015,7 @@ def _run_daemon(options: argparse.Namespace, log: _Log) -> int:
             asked.clear()       # first, since what comes from now on asks for another time
             _reload(server, log, options)
     _notify(notify, b"STOPPING=1")
-    if on_terminal:
+    if os.isatty(2):
         log.tell("stopping once the mails under way are delivered; Ctrl-C again stops at once")
     service.join()
     log.info("stopped")
@@ -3126,7 +3041,7 @@ def _start_server(server: Server, options: argparse.Namespace) -> _Service:
             os.strerror(number) if number else _why(error), hints.get(number, ""))) from None
 
 
-def _announce(server: Server, log: _Log, options: argparse.Namespace, on_terminal: bool) -> None:
+def _announce(server: Server, log: _Log, options: argparse.Namespace) -> None:
     """Say where the server listens, and warn where that asks for more protection."""
     places = " and ".join(str(peer) if peer.host else "a Unix socket"
                           for peer in server.addresses)
@@ -3146,7 +3061,7 @@ def _announce(server: Server, log: _Log, options: argparse.Namespace, on_termina
     except OSError:
         log.warn("no folder for temporary files can be written, so mails over %d KiB take memory; "
                  "set TMPDIR" % (MAX_MEMORY // 1024))
-    if on_terminal and server.addresses[0].host:
+    if os.isatty(2) and server.addresses[0].host:
         host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(server.host, server.host)
         client = ("nc %s %s" if options.tls_starttls == "on" else
                   "openssl s_client -connect [%s]:%s")
@@ -3154,22 +3069,20 @@ def _announce(server: Server, log: _Log, options: argparse.Namespace, on_termina
                  % (places, options.command, client % (host, server.port)))
 
 
-def _stop_by_signal(drain: Callable[[float, float], None], command: Command,
-                    options: argparse.Namespace) -> None:
+def _stop_by_signal(slots: _Slots, drain: Callable[[float, float], None],
+                    command: Command) -> None:
     """Let SIGTERM, SIGINT and the end of the terminal end the server in good order, and a second
     SIGTERM or SIGINT at once; what is ignored, as SIGINT in the background, stays so.
     """
     # A run takes its limit, and twice the delay if SIGKILL does not end it; a third is spare.
-    patience = options.delivery_timeout + 3 * KILL_DELAY
-    asked: list[int] = []
+    patience = command._timeout + 3 * KILL_DELAY
 
     def stop(number: int, frame: object) -> None:
-        if asked and number in (signal.SIGTERM, signal.SIGINT):
+        # The end of a terminal may be told twice, by the kernel and a shell.
+        if slots.stopping and number != signal.SIGHUP:
             command._abandon()
             os._exit(1)
-        if not asked:       # the end of a terminal may be told twice, by the kernel and a shell
-            asked.append(number)
-            drain(GRACE, patience)
+        drain(GRACE, patience)
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)[:3 if os.isatty(2) else 2]:
         if signal.getsignal(number) is not signal.SIG_IGN:
             signal.signal(number, stop)
@@ -3178,11 +3091,10 @@ def _stop_by_signal(drain: Callable[[float, float], None], command: Command,
 def _reload(server: Server, log: _Log, options: argparse.Namespace) -> None:
     """What SIGHUP asks for: open the log and load the certificate anew."""
     log.info("SIGHUP")      # which makes the log notice that its file was moved
-    if not options.tls_cert_file:
-        return
     try:    # not into the context in use: OpenSSL forbids that, and the new may be unfit
-        server.tls = _tls_context(options.tls_cert_file, options.tls_key_file)
-        log.info("loaded the certificate anew")
+        if options.tls_cert_file:
+            server.tls = _tls_context(options)
+            log.info("loaded the certificate anew")
     except _StartError as error:
         log.error("kept the certificate: %s", error)
 
@@ -3197,26 +3109,24 @@ def _inherited_sockets(inetd: bool) -> list[socket.socket]:
     sockets = []
     for descriptor in range(3, 3 + int(number)):
         try:
-            inherited = socket.socket(fileno=descriptor)
-            listens = inherited.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN)
+            sockets.append(socket.socket(fileno=descriptor))
+            sockets[-1].set_inheritable(False)
+            listens = sockets[-1].getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN)
         except OSError as error:
             raise _StartError("descriptor %d of LISTEN_FDS: %s" % (descriptor, error)) from None
         if not listens:
             raise _StartError("descriptor %d of LISTEN_FDS is no listening socket; for Accept=yes "
                               "use --inetd" % descriptor)
-        inherited.set_inheritable(False)
-        sockets.append(inherited)
     return sockets
 
 
 def _notify(address: str, state: bytes) -> None:
     """Tell systemd (sd_notify(3)), if it wants to hear."""
-    if not address:
-        return
-    import socket
-    with contextlib.suppress(OSError), socket.socket(
-            socket.AF_UNIX, socket.SOCK_DGRAM) as notification:
-        notification.sendto(state, "\0" + address[1:] if address[0] == "@" else address)
+    if address:
+        import socket
+        with contextlib.suppress(OSError), socket.socket(
+                socket.AF_UNIX, socket.SOCK_DGRAM) as notification:
+            notification.sendto(state, re.sub("^@", "\0", address))
 
 
 if __name__ == "__main__":

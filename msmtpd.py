@@ -2645,6 +2645,9 @@ class _StartError(Exception):
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the program with these arguments, sys.argv's if None; return its status; --help exits."""
+    if sys.version_info < (3, 8):
+        os.write(2, b"msmtpd: needs Python 3.8 or newer\n")
+        return 3
     words = list(sys.argv[1:] if argv is None else argv)
     # Known before the options are read: a client is to be told of mistakes in them.
     inetd = any(word.partition("=")[0] in ("--ine", "--inet", "--inetd") for word in words)

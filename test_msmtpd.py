@@ -3741,7 +3741,10 @@ class Options(HostCase):
     """What the program says before it serves."""
 
     def test_version(self):
-        done = self.run_words(*python(), "--version")
+        """Here told by the file itself, to a pipe, which Python flushes at its end only."""
+        environment = {name: value for name, value in os.environ.items()
+                       if name != "PYTHONUNBUFFERED"}
+        done = self.run_words(sys.executable, "-S", PROGRAM, "--version", env=environment)
         self.assertEqual((done.returncode, done.stdout.decode(), done.stderr),
                          (0, "msmtpd.py %s\n" % msmtpd.__version__, b""))
 

@@ -73,7 +73,7 @@ if TYPE_CHECKING:
     import socket
     import ssl
     from collections.abc import Callable, Iterable, Iterator, Sequence
-    from typing import Any, BinaryIO, ContextManager, NoReturn, TextIO, Union
+    from typing import Any, BinaryIO, ContextManager, NoReturn, Union
 
     Deliver = Callable[["Mail"], Union[str, None]]      # not object: that would hide an async one
     Check = Callable[[str, "Mail"], None]
@@ -184,24 +184,7 @@ def _encode(code: int, enhanced: str, lines: Sequence[str]) -> bytes:
 
 def _plain_ascii(text: str) -> str:
     """`text` fit for a reply: printable ASCII, as RFC 5321 4.2 wants it."""
-    if text.isascii() and text.isprintable():
-        return text
-    return "".join(c if " " <= c <= "~" else " " if c.isspace() else "?" for c in text)
-
-
-class _Refused(Exception):
-    """Raised by a verb's method to answer with `reply` and go on with the session.
-
-    is_error: whether MAX_ERRORS counts it; by default so for an enhanced code 5.5.X, which RFC
-    3463 3.6 has for errors of the protocol, but not for 503: where one verb of a pipelined
-    transaction is refused, all that follow are out of order.
-    """
-
-    def __init__(self, reply: Reply, is_error: bool | None = None) -> None:
-        super().__init__(reply)
-        self.reply = reply
-        self.is_error = (reply.enhanced.startswith("5.5.") and reply.code != 503
-                         if is_error is None else is_error)
+    return re.sub("[^ -~]", "?", re.sub(r"\s", " ", text))
 
 
 class _Ended(Exception):
@@ -213,7 +196,7 @@ class _Ended(Exception):
 
 
 class _Failure(Exception):
-    """What a caller's function raises to refuse; a subclass's codes begin with its digit."""
+    """What a function or a verb's method raises to refuse; the codes begin with the digit."""
 
     _digit = 0
 
@@ -243,7 +226,7 @@ class _Failure(Exception):
 
 
 class TemporaryFailure(_Failure):
-    """Raised by `deliver`, `check` or `authenticate`: the client should try again later.
+    """Raised by `deliver`, `check`, `authenticate` or a verb: the client should try again later.
 
     text: what the client is told; it may begin with the enhanced code. code: from 400 to 499, 451
     if None; 421 ends the session. enhanced: as "4.X.X" (RFC 3463), "" for none, None for what is
@@ -254,19 +237,13 @@ class TemporaryFailure(_Failure):
 
 
 class PermanentFailure(_Failure):
-    """Raised by `deliver`, `check` or `authenticate`: the client should give up.
+    """Raised by `deliver`, `check`, `authenticate` or a verb: the client should give up.
 
     As TemporaryFailure, with codes 5XX and 5.X.X; if both are None, 554 5.3.0, in `check` 553 5.1.7
-    (sender) or 5.1.3 (recipient), in `authenticate` 535 5.7.8.
+    (sender) or 5.1.3 (recipient), in `authenticate` 535 5.7.8, in a verb's method 554 5.0.0.
     """
 
     _digit = 5
-
-
-_DELIVER_DEFAULTS = {4: (451, "3.0"), 5: (554, "3.0")}
-_SENDER_DEFAULTS = {4: (451, "0.0"), 5: (553, "1.7")}
-_RECIPIENT_DEFAULTS = {4: (451, "0.0"), 5: (553, "1.3")}
-_AUTHENTICATE_DEFAULTS = {4: (454, "7.0"), 5: (535, "7.8")}
 
 
 class Mail:
@@ -294,40 +271,32 @@ class Mail:
 
     def _begin(self, data: bytes) -> None:
         self._file: BinaryIO = io.BytesIO()
-        self._has_descriptor = False        # another process can read it as its standard input
         self.size = 0
         if data:
             self._write(data)
 
     def _write(self, data: bytes) -> None:
         """Append `data`. Raises OSError if the disk is full, MemoryError if memory is."""
-        size = self.size + len(data)
-        if size > MAX_MEMORY:
+        if self.size + len(data) > MAX_MEMORY:
             self._ensure_descriptor()
         self._file.write(data)
         self._file.flush()      # now, while an error is still noticed
-        self.size = size
+        self.size += len(data)
 
     def _ensure_descriptor(self) -> None:
         """Move the data, unless it is there, to where it has a descriptor. Raises OSError."""
-        if self._has_descriptor:
-            return
-        file = _temporary_file()
-        try:
+        if isinstance(self._file, io.BytesIO):
+            import weakref
+            file = _temporary_file()
+            # Not by __del__: the garbage collector may come to the file first, and warns of it.
+            weakref.finalize(self, _drop, file).atexit = False      # then others may still want it
             file.write(self.data)
             file.flush()
-        except BaseException:
-            _drop(file)
-            raise
-        self._file, self._has_descriptor = file, True
-        # Not by __del__: the garbage collector may come to the file first, and then warns of it.
-        import weakref
-        weakref.finalize(self, _drop, file).atexit = False      # then others may still want it
+            self._file = file
 
     @property
     def file(self) -> BinaryIO:
-        """The mail data as a binary file, at its start; the same file each time, not to be closed.
-        """
+        """The mail data as a binary file, at its start; the same each time, not to be closed."""
         self._file.seek(0, os.SEEK_END)     # drops what is buffered, so that the next seek moves
         self._file.seek(0)                  # the descriptor, too
         return self._file
@@ -399,14 +368,10 @@ def _understand_result(result: object) -> Reply | None:
     return Reply(250, said.group(1) or "2.0.0", said.group(2)) if said else None
 
 
-class _Settings(collections.namedtuple("_Settings", (
-        "deliver", "checks", "room", "authenticator", "auth_required", "tls", "starttls",
-        "received", "max_size", "timeout"))):
-    """What all sessions of a server share: see Server's arguments; `checks` are asked in turn, and
-    `room` is what the command can take of recipients, in bytes as MAX_RECIPIENT_BYTES counts them.
-    """
-
-    __slots__ = ()
+# What all sessions of a server share: see Server's arguments; `checks` are asked in turn, and
+# `room` is what the command can take of recipients, in bytes as MAX_RECIPIENT_BYTES counts them.
+_Settings = collections.namedtuple("_Settings", "deliver checks room authenticator auth_required "
+                                   "tls starttls received max_size timeout")
 
 
 # ---------------------------------------------------------------------------------------------
@@ -423,7 +388,7 @@ class _Log:
     stderr: where who started the program is told of warnings; None where the log is there, too.
     """
 
-    def __init__(self, logger: Logger | None, stderr: TextIO | None = None,
+    def __init__(self, logger: Logger | None, stderr: _Outlet | None = None,
                  prefix: str = "") -> None:
         self._logger, self._stderr, self._prefix = logger, stderr, prefix
         self.informing = logger is not None and logger.isEnabledFor(_INFO)
@@ -449,7 +414,7 @@ class _Log:
 
     def _put(self, level: int, message: str, values: Sequence[object],
              exc_info: bool = False) -> None:
-        try:
+        with contextlib.suppress(Exception):
             if self._logger is not None:
                 self._logger.log(level, self._prefix + message, *values, exc_info=exc_info)
                 return
@@ -458,8 +423,6 @@ class _Log:
                 import traceback
                 text += "\n" + traceback.format_exc().rstrip()
             self.tell(text)
-        except Exception:
-            pass
 
     def tell(self, text: str) -> None:
         """Tell who started the program, on standard error, unless the log is there."""
@@ -480,28 +443,23 @@ class _Log:
 
 
 class _Outlet(io.FileIO):
-    """A descriptor for log lines. Where it is a pipe that nobody reads, one waits for LOG_TIMEOUT,
-    and is dropped; those behind it are, too, until there is room again.
+    """Where log lines go, as text. Where that is a pipe that nobody reads, one waits for
+    LOG_TIMEOUT, and is dropped; those behind it are, too, until there is room again.
     """
 
     _stuck = False
 
-    def write(self, data: Any) -> int:
-        """Write all of `data`, or drop what is left of it."""
-        left = bytes(data)
+    def write(self, text: Any) -> int:
+        """Write all of `text`, or drop what is left of it."""
+        left = text.encode("utf-8", "backslashreplace")
         while left:
-            self._stuck = not _ready((), (self.fileno(),), 0.0 if self._stuck else LOG_TIMEOUT)
+            if os.name == "posix":      # elsewhere only sockets can be waited for
+                seconds = 0.0 if self._stuck else LOG_TIMEOUT
+                self._stuck = not _ready((), (self.fileno(),), seconds)
             if self._stuck:
                 break
             left = left[os.write(self.fileno(), left[:512]):]   # POSIX's least PIPE_BUF: it fits
-        return len(data)
-
-
-def _open_stream(file: int | str) -> TextIO:
-    """A stream of text to a file, by its descriptor or name. Raises OSError."""
-    kind = _Outlet if os.name == "posix" else io.FileIO     # elsewhere only sockets are waited for
-    outlet = kind(file, "a") if isinstance(file, str) else kind(file, "w", closefd=False)
-    return io.TextIOWrapper(outlet, "utf-8", "backslashreplace", write_through=True)
+        return len(text)
 
 
 def _ready(readers: Iterable[int], writers: Iterable[int], seconds: float) -> list[int]:
@@ -524,11 +482,7 @@ def _why(error: BaseException) -> str:
 
 def _shown(value: str) -> str:
     """`value`, which came from outside, fit for a log line: escaped, and cut."""
-    value = value[:MAX_LOGGED]
-    if value.isprintable() and "\\" not in value:
-        return value
-    return "".join(c if c.isprintable() and c != "\\" else c.encode("unicode_escape").decode()
-                   for c in value)[:MAX_LOGGED]
+    return repr(value[:MAX_LOGGED])[1:-1][:MAX_LOGGED]
 
 
 # ---------------------------------------------------------------------------------------------
@@ -551,11 +505,12 @@ _COMMENT = r"(?:[ \t]*\([^()]*\))?"
 _PATH = re.compile(
     r"[ \t]*(?P<angle><[ \t]*{3})?(?:(?P<mailbox>{0}(?:@{2})?|{1}@{2}){4})?(?(angle)[ \t]*>{4})"
     r"(?:[ \t]+(?P<rest>.*))?".format(_ATEXT, _QUOTED_STRING, _DOMAIN, _ROUTE, _COMMENT))
-_PARAMETER = r"([0-9A-Za-z][0-9A-Za-z-]*)(?:=([^\x00-\x20\x7f]*))?"
 
-# Parameters that are offered, and those that some clients send although they are not.
-_MAIL_PARAMETERS = frozenset(("SIZE", "BODY", "SMTPUTF8", "AUTH", "RET", "ENVID"))
-_RCPT_PARAMETERS = frozenset(("NOTIFY", "ORCPT"))
+# Parameters, and what may stand behind their names: those that are offered (RFC 1870 6.1, RFC 6152,
+# RFC 6531 3.4), and those that some clients send although they are not.
+_MAIL_PARAMETERS = {"SIZE": "=[0-9]{1,20}", "BODY": "=(7BIT|8BITMIME)", "SMTPUTF8": "",
+                    "AUTH": "(=.*)?", "RET": "(=.*)?", "ENVID": "(=.*)?"}
+_RCPT_PARAMETERS = {"NOTIFY": "(=.*)?", "ORCPT": "(=.*)?"}
 
 _INERT = "ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789@._+/=:%,-"
 
@@ -564,10 +519,11 @@ _HTTP_METHODS = frozenset(
     b"CONNECT DELETE GET HEAD OPTIONS PATCH POST PRI PROPFIND PUT TRACE".split())
 
 
+@functools.lru_cache(maxsize=64)
 def _split_line(line: bytes) -> tuple[str, str]:
     """Split a client's line, without its end, into its verb in upper case and its argument.
 
-    Raises _Ended for HTTP, or ValueError saying what is wrong with its bytes.
+    Raises _Ended for HTTP, or PermanentFailure saying what is wrong with its bytes.
     """
     _refuse_http(line)
     try:
@@ -575,36 +531,37 @@ def _split_line(line: bytes) -> tuple[str, str]:
     except UnicodeDecodeError:
         # Windows names hosts in its code page, and such a client would never get beyond its EHLO.
         if line[:5].upper().rstrip() not in (b"EHLO", b"HELO"):
-            raise ValueError("Not UTF-8") from None
+            raise PermanentFailure("Not UTF-8", 500, "5.5.2") from None
         text = line.decode("latin-1")
     if not text.isprintable() and re.search("[\x00-\x08\x0a-\x1f\x7f]", text):
-        raise ValueError("Control character")
+        raise PermanentFailure("Control character", 500, "5.5.2")
     verb, *argument = re.split("[ \t]+", text.strip(" \t"), maxsplit=1)
     return (verb.upper() if verb.isascii() else ""), "".join(argument)
 
 
-_split_line_cached = functools.lru_cache(maxsize=64)(_split_line)
-
-
 @functools.lru_cache(maxsize=64)
-def _parse_path(argument: str, keyword: str) -> tuple[str | None, str] | None:
+def _parse_envelope(argument: str, keyword: str) -> tuple[str, dict[str, str]]:
     """Read ``FROM:<path> parameters``, `keyword` being ``FROM`` or ``TO`` (RFC 5321 4.1.1.2, 3).
 
-    Returns the address ("" for <>, None where it is no valid one; a source route is dropped) and
-    the text of the parameters; None where the keyword or the colon is missing.
+    Returns the address ("" for <>; a source route is dropped) and the parameters. Raises
+    PermanentFailure.
     """
     name, colon, text = argument.partition(":")
     if not colon or name.upper() != keyword:
-        return None
+        raise PermanentFailure("Syntax is %s:<address>" % keyword, 501, "5.5.2")
     match = _PATH.fullmatch(text)
     angle, address, rest = match.group("angle", "mailbox", "rest") if match else ("", None, "")
     if address is None:
-        return ("" if angle and angle.strip(" \t") == "<" else None), rest or ""
-    # A leading hyphen could make it an option of the command; what is unprintable, nobody can see.
-    visible = address.isprintable() or re.sub(_JOINERS, "", address).isprintable()
-    valid = visible and not address.startswith("-") and (
-        not address.endswith("]") or _is_address_literal(address.rpartition("[")[2][:-1]))
-    return (address if valid else None), rest or ""
+        address, valid = "", keyword == "FROM" and angle and angle.strip(" \t") == "<"
+    else:
+        # A leading hyphen could make it an option of the command; nobody can see the unprintable.
+        visible = address.isprintable() or re.sub(_JOINERS, "", address).isprintable()
+        valid = visible and not address.startswith("-") and (
+            not address.endswith("]") or _is_address_literal(address.rpartition("[")[2][:-1]))
+    if not valid:
+        raise PermanentFailure("Bad address syntax", 501, "5.1.7" if keyword == "FROM" else "5.1.3")
+    known = _MAIL_PARAMETERS if keyword == "FROM" else _RCPT_PARAMETERS
+    return address, _parse_parameters(rest or "", known)
 
 
 def _is_address_literal(text: str) -> bool:
@@ -618,14 +575,18 @@ def _is_address_literal(text: str) -> bool:
     return True
 
 
-def _parse_parameters(text: str) -> dict[str, str | None] | None:
-    """Read ``NAME=value NAME`` (RFC 5321 4.1.2) with names in upper case; None for bad syntax."""
-    parameters: dict[str, str | None] = {}
+def _parse_parameters(text: str, known: dict[str, str]) -> dict[str, str]:
+    """Read ``NAME=value NAME`` (RFC 5321 4.1.2): these words by their names, in upper case."""
+    parameters: dict[str, str] = {}
     for word in text.split():
-        match = re.fullmatch(_PARAMETER, word)
-        if match is None or match.group(1).upper() in parameters:
-            return None
-        parameters[match.group(1).upper()] = match.group(2)
+        name, equals, value = word.partition("=")
+        name = name.upper() if name.isascii() else ""
+        if name not in known and re.fullmatch("[0-9A-Z][0-9A-Z-]*", name):
+            raise PermanentFailure("Unknown parameter", 555, "5.5.4")
+        if (name not in known or name in parameters
+                or not re.fullmatch(known[name], equals + value, re.IGNORECASE)):
+            raise PermanentFailure("Bad parameter", 501, "5.5.4")
+        parameters[name] = name + equals + value
     return parameters
 
 
@@ -649,23 +610,11 @@ def _refuse_http(line: bytes, first: bool = False) -> None:
 
 
 def _decode_text(raw: bytes) -> str:
-    """A user name or a password, which may be in Latin-1 (Emacs, Tcl), or begin with a BOM.
-
-    Raises ValueError where it holds NUL.
-    """
-    if b"\0" in raw:
-        raise ValueError("NUL")
+    """A user name or a password, which may be in Latin-1 (Emacs, Tcl), or begin with a BOM."""
     try:
         return raw.decode("utf-8-sig")
     except UnicodeDecodeError:
         return raw.decode("latin-1")
-
-
-def _shown_name(argument: str) -> str:
-    """The name given with HELO or EHLO, as the Received line shows it."""
-    if not argument:
-        return "unknown"
-    return argument if re.fullmatch(r"[0-9A-Za-z._:\[\]-]{1,255}", argument) else "invalid"
 
 
 # ---------------------------------------------------------------------------------------------
@@ -686,25 +635,23 @@ class _MailData:
         # People at a terminal and printf | nc end lines in a bare LF; another server never does.
         self._ends = (b"\r\n.\r\n", b"\n.\n") if bare_lf else (b"\r\n.\r\n",)
         # The data is read with the line end of DATA before it, so that empty data ends like any.
-        self._tail = line_end       # what may be the beginning of the end
+        self._tail = line_end       # the last bytes, if they may be the beginning of the end
         self._first = True          # nothing was yielded yet, and that line end comes first
         self._held = 0              # CRs before the next piece: whether a LF follows is not known
         self._at_line_start = False
-        self._recent = b""          # the last bytes that came
         self.ended = False
         self.rest = b""
         self.size = -len(line_end)
 
     def feed(self, piece: bytes) -> Iterator[bytes]:
         """Take the next piece; return what is certain now of the lines."""
-        self._recent = (self._recent + piece[-4:])[-4:]
         settled = self._settle(self._tail + piece)
         self.size += len(settled)
         return self._decode(settled)
 
     def looks_ended(self) -> bool:
         """Whether the client may think that it has ended the data, if only by other line ends."""
-        return self._recent.endswith((b"\n.\n", b"\n.\r\n"))
+        return self._tail.endswith((b"\n.\n", b"\n.\r\n"))
 
     def _settle(self, data: bytes) -> bytes:
         """Return what of `data` is before the end, and before what may be the begin of one.
@@ -718,13 +665,12 @@ class _MailData:
                 at, end = min(found)
                 self.ended, self.rest = True, data[at + len(end):]
                 return data[:at + end.index(b".")]
-        if self._first and len(data) < 8:       # the first line's first bytes come together
+        if self._first and len(data) < 16:      # the first line's first bytes come together
             self._tail = data
             return b""
-        for size in (4, 3, 2, 1):
-            if any(data.endswith(end[:size]) for end in self._ends):
-                self._tail = data[-size:]
-                return data[:-size]
+        if data.endswith((b"\r", b"\n", b".")):      # as does what may be the begin of an end
+            self._tail = data[-4:]
+            return data[:-4]
         return data
 
     def _decode(self, settled: bytes) -> Iterator[bytes]:
@@ -753,25 +699,28 @@ class _MailData:
             yield lines
 
 
-def _received_line(name: str, peer: Peer, host: str, protocol: str, when: float) -> bytes:
-    """The trace field (RFC 5321 4.4) of a mail received `when`, in seconds since the epoch."""
-    address = peer.host.partition("%")[0]
+def _received_line(mail: Mail, host: str, greeted: str) -> bytes:
+    """The trace field (RFC 5321 4.4) of a mail that `host` receives now, by SMTP or ESMTP."""
+    name = mail.helo or "unknown"
+    if not re.fullmatch(r"[0-9A-Za-z._:\[\]-]{1,255}", name):
+        name = "invalid"
+    address = mail.peer.host.partition("%")[0]
     origin = " ([%s%s])" % ("IPv6:" if ":" in address else "", address) if address else ""
-    return ("Received: from %s%s\n\tby %s (msmtpd) with %s;\n\t%s\n"
-            % (name, origin, host, protocol, _mail_date(when))).encode("ascii", "replace")
+    # As RFC 3848 and RFC 6531 4.3 name it. No name has these behind SMTP: who used them spoke
+    # ESMTP, whatever the last greeting was.
+    extensions = ("S" if mail.tls else "") + ("A" if mail.user is not None else "")
+    protocol = "UTF8SMTP" if mail.smtputf8 else "ESMTP" if extensions else greeted
+    now = time.localtime(time.time())       # freezegun's localtime() knows no zone
+    # Not by strftime(), whose names follow the locale; email.utils is slow to import.
+    day, month, date, clock, year = time.asctime(now).split()
+    return ("Received: from %s%s\n\tby %s (msmtpd) with %s%s;\n\t%s, %s %s %s %s %s\n" % (
+        name, origin, host, protocol, extensions, day, date, month, year, clock,
+        time.strftime("%z", now))).encode("ascii", "replace")
 
 
 def _count_hops(mail: BinaryIO) -> int:
     """How many of _received_line's fields a mail has, from here or another msmtpd.py on its way."""
     return mail.read(_CHUNK).partition(b"\n\n")[0].count(b" (msmtpd) with ")
-
-
-def _mail_date(when: float) -> str:
-    """`when`, in seconds since the epoch, as RFC 5322 3.3 writes it, in local time."""
-    t = time.localtime(when)
-    # By asctime(), as strftime's names would follow the locale; email.utils is slow to import.
-    day, month = time.asctime(t).split()[:2]
-    return "%s, %d %s %s" % (day, t.tm_mday, month, time.strftime("%Y %H:%M:%S %z", t))
 
 
 # ---------------------------------------------------------------------------------------------
@@ -1085,9 +1034,9 @@ class Session:
     """One client's dialogue, made by a Server. To change what a verb does, override its method.
 
     A method takes the verb's argument, a str without outer white space, and returns a Reply, or
-    None for no reply but those that it has sent itself. 221 and 421 end the session, and so does
-    an exception; what the methods of this class raise to refuse is to be let through. A further
-    verb needs a method and an entry in VERBS.
+    None for no reply but those that it has sent itself; it may raise either failure. 221 and 421
+    end the session, and so does any other exception; what the methods of this class return or
+    raise to refuse is to be let through. A further verb needs a method and an entry in VERBS.
 
     >>> import msmtpd, smtplib
     >>> class Grumpy(msmtpd.Session):
@@ -1216,7 +1165,7 @@ class Session:
             _refuse_http(line, self._first_line)
             self._first_line = False
             if len(line) > MAX_AUTH_LINE:
-                raise _Refused(Reply(500, "5.5.2", "Line too long"))
+                raise PermanentFailure("Line too long", 500, "5.5.2")
         if parting and line.strip().upper() != b"QUIT":
             raise _ended_by_stop()
         return line
@@ -1233,15 +1182,17 @@ class Session:
             verb, argument = self._read_verb()
             method = self.VERBS.get(verb)
             if method is None:
-                raise _Refused(Reply(500, "5.5.1", "Unknown command"))
+                raise PermanentFailure("Unknown command", 500, "5.5.1")
             reply = getattr(self, method)(argument)
             if verb in _PROTOCOLS and (reply is None or reply.code == 250):
                 self.helo, self._protocol, self.mail = argument, _PROTOCOLS[verb], None
-        except _Refused as refusal:
-            reply = refusal.reply
-            self._errors += refusal.is_error
-            if self._errors >= MAX_ERRORS:
-                raise _Ended(Reply(421, "4.7.0", "Too many errors"), "errors") from None
+        except _Failure as failure:
+            reply = failure._reply({4: (451, "0.0"), 5: (554, "0.0")}, "Refused")
+            # RFC 3463 3.6 has 5.5.X for errors of the protocol. But where one verb of a pipelined
+            # transaction is refused, all that follow are out of order.
+            self._errors += reply.enhanced.startswith("5.5.") and reply.code != 503
+        if self._errors >= MAX_ERRORS:
+            raise _Ended(Reply(421, "4.7.0", "Too many errors"), "errors")
         if reply and reply.code >= 400 and verb in ("MAIL", "RCPT"):
             self._log.info("refused %s %s: %s", verb, _shown(argument), reply._brief())
         return reply
@@ -1253,11 +1204,9 @@ class Session:
         # since a client whose AUTH was refused may send it all the same.
         keep = line[:5].rstrip().upper() in _KEPT_VERBS     # which have four letters each
         if len(line) > MAX_LINE and line[:5].upper().rstrip() != b"AUTH":
-            raise _Refused(Reply(500, "5.5.2", "Line too long"))
-        try:
-            verb, argument = (_split_line_cached if keep else _split_line)(line.rstrip(b"\r\n"))
-        except ValueError as error:
-            raise _Refused(Reply(500, "5.5.2", str(error))) from None
+            raise PermanentFailure("Line too long", 500, "5.5.2")
+        split = _split_line if keep else _split_line.__wrapped__
+        verb, argument = split(line.rstrip(b"\r\n"))
         if self._log.debugging:
             shown = verb if verb in self.VERBS else "(unknown)"
             self._log.debug("C: %s", _shown(shown + " " + argument if keep else shown))
@@ -1275,20 +1224,17 @@ class Session:
 
     def do_STARTTLS(self, argument: str) -> Reply | None:
         """Go on within TLS, as if the session had just begun: RFC 3207."""
-        if not self._settings.tls:
-            raise _Refused(Reply(502, "5.5.1", "STARTTLS is not offered"))
+        self._require(self._settings.tls, "STARTTLS is not offered", 502)
         self._require(not self.tls, "Already in TLS")
-        self._refuse_argument("STARTTLS", argument)
+        self._require(not argument, "STARTTLS takes no argument", 501, "5.5.4")
         self.send(Reply(220, "2.0.0", "Go ahead"))
         self._start_tls()
         return None
 
     def do_AUTH(self, argument: str) -> Reply | None:
         """Authenticate the client: RFC 4954."""
-        if not self._authenticator:
-            raise _Refused(Reply(502, "5.5.1", "AUTH is not offered"))
-        if self._settings.tls and not self.tls:
-            raise _Refused(Reply(538, "5.7.11", "Say STARTTLS first"))
+        self._require(self._authenticator, "AUTH is not offered", 502)
+        self._require(self.tls or not self._settings.tls, "Say STARTTLS first", 538, "5.7.11")
         # HELO will do: clients that read one line a reply cannot say EHLO.
         self._require(self._protocol, "Say EHLO first")
         self._require(self.user is None, "Authenticated already")
@@ -1296,11 +1242,8 @@ class Session:
         name, *initial = re.split("[ \t]+", argument, maxsplit=1)
         mechanism = _MECHANISMS.get(name.upper())
         if mechanism is None:
-            raise _Refused(Reply(504, "5.5.4", "Mechanisms are " + " and ".join(_MECHANISMS)))
-        try:
-            user, password = mechanism(self.ask, _decode_response(initial[0]) if initial else None)
-        except ValueError as error:
-            raise _Refused(Reply(501, "5.5.2", str(error))) from None
+            raise PermanentFailure("Mechanisms are " + " and ".join(_MECHANISMS), 504, "5.5.4")
+        user, password = mechanism(self.ask, _decode_response(initial[0]) if initial else None)
         return self._authenticate(user, password)
 
     def do_MAIL(self, argument: str) -> Reply | None:
@@ -1309,33 +1252,31 @@ class Session:
         self._require(self.mail is None, "In a transaction already")
         if self._authenticator and self._settings.auth_required and self.user is None:
             first = "; say STARTTLS first" if self._settings.tls and not self.tls else ""
-            raise _Refused(Reply(530, "5.7.0", "Authentication required" + first))
-        sender, parameters = self._parse_envelope(argument, "FROM", "5.1.7", _MAIL_PARAMETERS)
-        if parameters:
-            self._check_parameters(parameters)
+            raise PermanentFailure("Authentication required" + first, 530, "5.7.0")
+        sender, parameters = _parse_envelope(argument, "FROM")
+        if 0 < self._settings.max_size < int(parameters.get("SIZE", "SIZE=0")[5:]):
+            raise PermanentFailure(self._too_big(), 552, "5.3.4")
         mail = Mail(sender, peer=self.peer, helo=self.helo, user=self.user, tls=self.tls,
-                    mail_options=_words_of(parameters) if parameters else ())
-        self._ask_checks(sender, mail, _SENDER_DEFAULTS)
+                    mail_options=list(parameters.values()))
+        refusal = self._ask_checks(sender, mail, "1.7")
+        if refusal:
+            return refusal
         self.mail, self._room = mail, min(MAX_RECIPIENT_BYTES, self._settings.room)
         return Reply(250, "2.1.0", "Sender accepted")
 
     def do_RCPT(self, argument: str) -> Reply | None:
         """Add a recipient: RFC 5321 4.1.1.3."""
         mail = self._transaction()
-        recipient, parameters = self._parse_envelope(argument, "TO", "5.1.3", _RCPT_PARAMETERS)
-        if not recipient:
-            raise _Refused(Reply(501, "5.1.3", "<> is no recipient"))
+        recipient, parameters = _parse_envelope(argument, "TO")
         size = len(recipient.encode()) + 9      # as an argument, with its end and a pointer to it
         if len(mail.recipients) >= MAX_RECIPIENTS or size > self._room:
-            raise _Refused(Reply(452, "4.5.3", "Too many recipients; send the rest separately"))
+            raise TemporaryFailure("Too many recipients; send the rest separately", 452, "4.5.3")
         mail.recipients.append(recipient)       # by which `check` tells it from the sender
-        try:
-            self._ask_checks(recipient, mail, _RECIPIENT_DEFAULTS)
-        except _Refused:
+        refusal = self._ask_checks(recipient, mail, "1.3")
+        if refusal:
             mail.recipients.pop()
-            raise
-        if parameters:
-            mail.rcpt_options += _words_of(parameters)
+            return refusal
+        mail.rcpt_options += parameters.values()
         self._room -= size
         return Reply(250, "2.1.5", "Recipient accepted")
 
@@ -1343,7 +1284,7 @@ class Session:
         """Take the mail data, and deliver: RFC 5321 4.1.1.4."""
         mail = self._transaction()
         self._require(mail.recipients, "Recipients first")
-        self._refuse_argument("DATA", argument)
+        self._require(not argument, "DATA takes no argument", 501, "5.5.4")
         self.send(Reply(354, "", "Send the mail, then a line with only a dot"))
         self.flush()        # so that the client sends while the rest is made ready
         problem = self._read_mail_data(mail)
@@ -1365,19 +1306,18 @@ class Session:
 
     def do_RSET(self, argument: str) -> Reply | None:
         """Give up the transaction: RFC 5321 4.1.1.5."""
-        self._refuse_argument("RSET", argument)
+        self._require(not argument, "RSET takes no argument", 501, "5.5.4")
         self.mail, self._last_use = None, _now()
         return Reply(250, "2.0.0", "Reset")
 
     def do_VRFY(self, argument: str) -> Reply | None:
         """Promise nothing: RFC 5321 4.1.1.6, 7.3."""
-        if not argument:
-            raise _Refused(Reply(501, "5.5.4", "Syntax is VRFY name"))
+        self._require(argument, "Syntax is VRFY name", 501, "5.5.4")
         return Reply(252, "2.0.0", "Cannot verify, but will try to deliver")
 
     def do_EXPN(self, argument: str) -> Reply | None:
         """Refuse: RFC 5321 4.1.1.7, 7.3."""
-        raise _Refused(Reply(502, "5.5.1", "There are no mailing lists"))
+        raise PermanentFailure("There are no mailing lists", 502, "5.5.1")
 
     def do_HELP(self, argument: str) -> Reply | None:
         """List the verbs: RFC 5321 4.1.1.8."""
@@ -1400,64 +1340,35 @@ class Session:
 
     # What the verbs share
 
-    def _require(self, condition: object, text: str) -> None:
-        """Refuse a verb out of order: RFC 5321 4.1.4."""
+    def _require(self, condition: object, text: str, code: int = 503,
+                 enhanced: str = "5.5.1") -> None:
+        """Refuse a verb: by 503 where it is out of order, RFC 5321 4.1.4."""
         if not condition:
-            raise _Refused(Reply(503, "5.5.1", text))
-
-    def _refuse_argument(self, verb: str, argument: str) -> None:
-        """Refuse an argument where there is none: RFC 5321 4.1.1."""
-        if argument:
-            raise _Refused(Reply(501, "5.5.4", verb + " takes no argument"))
+            raise PermanentFailure(text, code, enhanced)
 
     def _transaction(self) -> Mail:
-        """The mail of the transaction. Raises _Refused outside of one."""
+        """The mail of the transaction. Raises PermanentFailure outside of one."""
         if self.mail is None:
-            raise _Refused(Reply(503, "5.5.1", "Say MAIL first"))
+            raise PermanentFailure("Say MAIL first", 503, "5.5.1")
         return self.mail
 
-    def _too_big(self) -> Reply:
-        return Reply(552, "5.3.4", "Mail exceeds %d bytes" % self._settings.max_size)
+    def _too_big(self) -> str:
+        return "Mail exceeds %d bytes" % self._settings.max_size
 
-    def _parse_envelope(self, argument: str, keyword: str, enhanced: str,
-                        known: frozenset[str]) -> tuple[str, dict[str, str | None]]:
-        """Read the argument of MAIL or RCPT; return the address and the parameters."""
-        parsed = _parse_path(argument, keyword)
-        if parsed is None:
-            raise _Refused(Reply(501, "5.5.2", "Syntax is %s:<address>" % keyword))
-        address, rest = parsed
-        if address is None:
-            raise _Refused(Reply(501, enhanced, "Bad address syntax"))
-        parameters = _parse_parameters(rest)
-        if parameters is None:
-            raise _Refused(Reply(501, "5.5.4", "Bad parameter syntax"))
-        if not known.issuperset(parameters):
-            raise _Refused(Reply(555, "5.5.4", "Unknown parameter"))
-        return address, parameters
-
-    def _check_parameters(self, parameters: dict[str, str | None]) -> None:
-        """Refuse values that MAIL cannot have: RFC 1870 6.1, RFC 6152, RFC 6531 3.4."""
-        size, body = parameters.get("SIZE", "0") or "", parameters.get("BODY", "7BIT") or ""
-        if (not re.fullmatch("[0-9]{1,20}", size) or body.upper() not in ("7BIT", "8BITMIME")
-                or parameters.get("SMTPUTF8") is not None):
-            raise _Refused(Reply(501, "5.5.4", "Bad value of SIZE, BODY or SMTPUTF8"))
-        if 0 < self._settings.max_size < int(size):
-            raise _Refused(self._too_big())
-
-    def _ask_checks(self, address: str, mail: Mail,
-                    defaults: dict[int, tuple[int, str]]) -> None:
-        """Raise _Refused for an address that needs SMTPUTF8 without it, or that `check` refuses."""
+    def _ask_checks(self, address: str, mail: Mail, detail: str) -> Reply | None:
+        """The reply to an address that needs SMTPUTF8 without it, or that `check` refuses."""
         if not (address.isascii() or mail.smtputf8):
-            raise _Refused(Reply(553, "5.6.7", "Address needs SMTPUTF8"))
+            return Reply(553, "5.6.7", "Address needs SMTPUTF8")
         try:
             for check in self._settings.checks:
                 _understand_result(check(address, mail))
+            return None
         except _Failure as failure:
             self._log_details(failure)
-            raise _Refused(failure._reply(defaults, "Address refused"), False) from None
+            return failure._reply({4: (451, "0.0"), 5: (553, detail)}, "Address refused")
         except BaseException:
             self._log.error("check raised", exc_info=True)
-            raise _Refused(Reply(451, "4.3.0", "Internal error")) from None
+            return Reply(451, "4.3.0", "Internal error")
 
     def _start_tls(self) -> None:
         """Begin the session afresh within TLS: RFC 3207 4.2."""
@@ -1490,7 +1401,8 @@ class Session:
             reply = Reply(535, "5.7.8", "Wrong user name or password")
         except _Failure as failure:
             self._log_details(failure)
-            accepted, reply = False, failure._reply(_AUTHENTICATE_DEFAULTS, "Not accepted")
+            accepted = False
+            reply = failure._reply({4: (454, "7.0"), 5: (535, "7.8")}, "Not accepted")
         except BaseException as error:
             # Its text might hold the password, and so might a traceback.
             self._log.error("authenticate raised %s", type(error).__name__)
@@ -1502,40 +1414,40 @@ class Session:
             self._log.info("authenticated as %s", _shown(user))
             return Reply(235, "2.7.0", "Authenticated")
         self._log.info("authentication failed%s", self._named_client())
-        raise _Refused(reply, is_error=reply.code >= 500)
+        self._errors += reply.code >= 500
+        return reply
 
     # Mail data
 
     def _read_mail_data(self, mail: Mail) -> Reply | None:
         """Read the mail data to its end, whatever goes wrong; return the reply if anything did."""
         data = _MailData(b"\r\n" if self._line_end == b"\r\n" else b"\n", self._bare_lf)
-        head = self._trace(mail) if self._settings.received else b""
-        problem = None
+        head = b""
+        if self._settings.received:
+            head = _received_line(mail, self.hostname, self._protocol)
+        problem = self._store(mail, head, (head,), data)
         start = _now()
-        while not data.ended:
-            pieces = self._next_pieces(data, start)
-            if not mail.size:
-                pieces = itertools.chain((head,), pieces)
-            problem = problem or self._store(mail, head, pieces, data)
-            del pieces      # no more than one piece is held while the next comes in
-        self._wire.unread(data.rest)
-        return problem
-
-    def _next_pieces(self, data: _MailData, start: float) -> Iterator[bytes]:
         try:
-            return data.feed(self._wire.read_piece(start, data.size))
+            while not data.ended:
+                pieces = data.feed(self._wire.read_piece(start, data.size))
+                problem = problem or self._store(mail, head, pieces, data)
+                del pieces      # no more than one piece is held while the next comes in
         except _Ended as end:
             if data.looks_ended() and not self._slots.stopping:
                 hint = "; mail data has to end in CR LF . CR LF"
                 end.reply = end.reply and Reply(421, "4.4.2", end.reply.lines[0] + hint)
                 end.reason += hint
             raise
+        self._wire.unread(data.rest)
+        return problem
 
-    def _store(self, mail: Mail, head: bytes, pieces: Iterator[bytes],
+    def _store(self, mail: Mail, head: bytes, pieces: Iterable[bytes],
                data: _MailData) -> Reply | None:
         """Keep these lines; return the reply where they are too many, loop, or find no room."""
         try:
-            problem = self._too_big() if 0 < self._settings.max_size < data.size else None
+            problem = None
+            if 0 < self._settings.max_size < data.size:
+                problem = Reply(552, "5.3.4", self._too_big())
             for lines in pieces if not problem else ():
                 if head and mail.size == len(head):
                     if lines[:1] in (b" ", b"\t"):
@@ -1555,15 +1467,6 @@ class Session:
             _drop(mail._file)
         return problem
 
-    def _trace(self, mail: Mail) -> bytes:
-        """The Received line, its protocol as RFC 3848 and RFC 6531 4.3 name it."""
-        extensions = ("S" if self.tls else "") + ("A" if self.user is not None else "")
-        # No name has these behind SMTP: who used them spoke ESMTP, whatever the last greeting was.
-        protocol = ("UTF8SMTP" if mail.smtputf8 else "ESMTP" if extensions
-                    else self._protocol) + extensions
-        return _received_line(_shown_name(self.helo), self.peer, self.hostname, protocol,
-                              time.time())
-
     def _deliver(self, mail: Mail) -> Reply:
         """Call `deliver`; return the reply for what it returned or raised."""
         try:
@@ -1571,7 +1474,7 @@ class Session:
             return reply or Reply(250, "2.0.0", "Delivered")
         except _Failure as failure:
             self._log_details(failure)
-            return failure._reply(_DELIVER_DEFAULTS, "Delivery failed")
+            return failure._reply({4: (451, "3.0"), 5: (554, "3.0")}, "Delivery failed")
         except BaseException:
             self._log.error("deliver raised", exc_info=True)
             return Reply(451, "4.3.0", "Internal error")
@@ -1613,11 +1516,6 @@ _KEPT_VERBS = frozenset(verb.encode() for verb in Session.VERBS
                         if len(verb) == 4 and verb != "AUTH")
 
 
-def _words_of(parameters: dict[str, str | None]) -> list[str]:
-    """Parameters of MAIL or RCPT as the client's words, their names in upper case."""
-    return [name if value is None else name + "=" + value for name, value in parameters.items()]
-
-
 # ---------------------------------------------------------------------------------------------
 # Authentication
 # ---------------------------------------------------------------------------------------------
@@ -1625,35 +1523,35 @@ def _words_of(parameters: dict[str, str | None]) -> list[str]:
 def _decode_response(text: str) -> bytes:
     """A response of AUTH without its base64; "=" is an empty one (RFC 4954 section 4).
 
-    White space around it and a "=" that is missing at its end do no harm. Raises _Refused for what
-    is wrong with it, or because the client cancels.
+    White space around it and a "=" that is missing at its end do no harm. Raises PermanentFailure
+    for what is wrong with it, or because the client cancels.
     """
     import base64
     text = text.strip(" \t\r\n")
     if text == "*":
-        raise _Refused(Reply(501, "5.5.2", "Cancelled"))
+        raise PermanentFailure("Cancelled", 501, "5.5.2")
     text = text.rstrip("=")
     try:
         return base64.b64decode(text + "=" * (-len(text) % 4), validate=True)
     except ValueError:      # binascii.Error is one
-        raise _Refused(Reply(501, "5.5.2", "Bad base64")) from None
+        raise PermanentFailure("Bad base64", 501, "5.5.2") from None
 
 
 # A mechanism asks the client for what `initial`, a response that came with AUTH, has not said, and
-# returns user name and password, or raises ValueError saying what is wrong with a response.
+# returns user name and password, or raises PermanentFailure.
 
 def _plain(ask: Ask, initial: bytes | None) -> tuple[str, str]:
     """PLAIN: RFC 4616 section 2. For whom the user wants to act is ignored."""
     fields = (ask(b"") if initial is None else initial).split(b"\0")
     if len(fields) != 3:
-        raise ValueError("Bad response")
+        raise PermanentFailure("Bad response", 501, "5.5.2")
     return _decode_text(fields[1]), _decode_text(fields[2])
 
 
 def _login(ask: Ask, initial: bytes | None) -> tuple[str, str]:
     """LOGIN, which asks for each by itself; some clients compare the prompts."""
     user = ask(b"Username:") if initial is None else initial
-    return _decode_text(user), _decode_text(ask(b"Password:"))
+    return _plain(ask, b"\0%b\0%b" % (user, ask(b"Password:")))
 
 
 _MECHANISMS = {"PLAIN": _plain, "LOGIN": _login}
@@ -2133,7 +2031,7 @@ def _open_input(mail: Mail) -> int:
 
     Raises TemporaryFailure if it cannot, and there is no room for it elsewhere.
     """
-    reader = None if mail._has_descriptor else _fill_pipe(mail.data)
+    reader = _fill_pipe(mail.data) if isinstance(mail._file, io.BytesIO) else None
     if reader is not None:
         return reader
     try:
@@ -2653,7 +2551,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     inetd = any(word.partition("=")[0] in ("--ine", "--inet", "--inetd") for word in words)
     stderr = None
     with contextlib.suppress(OSError):      # it is closed
-        stderr = _open_stream(2)
+        stderr = _Outlet(2, "w", closefd=False)
     log = _Log(None, stderr)
     try:
         try:
@@ -2803,7 +2701,7 @@ def _size(value: str) -> int:
     return int(match.group(1)) << 10 * " KMG".index(match.group(2) or " ")
 
 
-def _open_log(options: argparse.Namespace, stderr: TextIO | None) -> _Log:
+def _open_log(options: argparse.Namespace, stderr: _Outlet | None) -> _Log:
     """The log that the options name. Raises _StartError where it cannot be opened."""
     target = "-" if options.debug and options.log == "none" else options.log
     if target == "none":
@@ -2827,8 +2725,8 @@ def _log_handler(target: str) -> logging.Handler:
     class File(logging.handlers.WatchedFileHandler):
         """Opened anew once it was rotated; may be a pipe that nobody reads."""
 
-        def _open(self) -> TextIO:      # type: ignore[override]
-            return _open_stream(self.baseFilename)
+        def _open(self) -> _Outlet:     # type: ignore[override]
+            return _Outlet(self.baseFilename, "a")
 
     class Syslog(logging.Handler):
         """The syslog of the C library, which reconnects, and never fails."""
@@ -2840,7 +2738,7 @@ def _log_handler(target: str) -> logging.Handler:
 
     try:
         if target == "-":
-            return logging.StreamHandler(_open_stream(2))
+            return logging.StreamHandler(_Outlet(2, "w", closefd=False))
         if target != "syslog":
             return File(target)
         import syslog
@@ -2893,10 +2791,10 @@ def _look_up(user: str, command: str, inetd: bool) -> Iterator[tuple[str, str]]:
 
 def _first_line(output: bytes) -> str:
     """The first line without its end. Raises _StartError where it can be no password."""
-    try:
-        return _decode_text(output.split(b"\n")[0].rstrip(b"\r"))
-    except ValueError:
-        raise _StartError("the password of --auth holds a NUL, which no client can send") from None
+    line = output.split(b"\n")[0].rstrip(b"\r")
+    if b"\0" in line:
+        raise _StartError("the password of --auth holds a NUL, which no client can send")
+    return _decode_text(line)
 
 
 def _run_lookup(*arguments: str) -> tuple[str, str]:

@@ -73,8 +73,9 @@ if TYPE_CHECKING:
     import socket
     import ssl
     from collections.abc import Callable, Iterable, Iterator, Sequence
-    from typing import Any, BinaryIO, ContextManager, NoReturn, Union
+    from typing import Any, BinaryIO, ContextManager, NoReturn, TypeVar, Union
 
+    T = TypeVar("T")
     Deliver = Callable[["Mail"], Union[str, None]]      # not object: that would hide an async one
     Check = Callable[[str, "Mail"], None]
     Authenticate = Callable[[str, str], bool]
@@ -191,7 +192,7 @@ class _Ended(Exception):
     """Raised to end the session, after `reply` where one is given; `reason` is for the log."""
 
     def __init__(self, reply: Reply | None, reason: str) -> None:
-        super().__init__(reply, reason)
+        super().__init__(reason)
         self.reply, self.reason = reply, reason
 
 
@@ -209,8 +210,11 @@ class _Failure(Exception):
             raise ValueError("the enhanced code has to be %d.X.X, not %r" % (self._digit, enhanced))
         self.code, self.enhanced, self.details = code, enhanced, details
 
-    def _reply(self, defaults: dict[int, tuple[int, str]], default_text: str) -> Reply:
+    def _reply(self, defaults: dict[int, tuple[int, str]], default_text: str,
+               log: Callable[[str, str], None]) -> Reply:
         """The reply to give. `defaults`: by the digit, code and rest of the enhanced code."""
+        for line in self.details:
+            log("%s", _shown(line))
         default, detail = defaults[self._digit]
         text, code, enhanced = str(self)[:_MAX_REPLY_LINE], self.code or default, self.enhanced
         found = re.match(r"(%d(?:\.[0-9]{1,3}){2})(?: +|$)" % self._digit, text)
@@ -519,13 +523,11 @@ _HTTP_METHODS = frozenset(
     b"CONNECT DELETE GET HEAD OPTIONS PATCH POST PRI PROPFIND PUT TRACE".split())
 
 
-@functools.lru_cache(maxsize=64)
 def _split_line(line: bytes) -> tuple[str, str]:
     """Split a client's line, without its end, into its verb in upper case and its argument.
 
-    Raises _Ended for HTTP, or PermanentFailure saying what is wrong with its bytes.
+    Raises PermanentFailure saying what is wrong with its bytes.
     """
-    _refuse_http(line)
     try:
         text = line.decode()
     except UnicodeDecodeError:
@@ -535,8 +537,8 @@ def _split_line(line: bytes) -> tuple[str, str]:
         text = line.decode("latin-1")
     if not text.isprintable() and re.search("[\x00-\x08\x0a-\x1f\x7f]", text):
         raise PermanentFailure("Control character", 500, "5.5.2")
-    verb, *argument = re.split("[ \t]+", text.strip(" \t"), maxsplit=1)
-    return (verb.upper() if verb.isascii() else ""), "".join(argument)
+    words = text.split(None, 1) + ["", ""]
+    return (words[0].upper() if words[0].isascii() else ""), words[1]
 
 
 @functools.lru_cache(maxsize=64)
@@ -599,7 +601,7 @@ def _is_inert(address: str) -> bool:
 def _refuse_http(line: bytes, first: bool = False) -> None:
     """Raise _Ended for HTTP (RFC 9112 3): a web page could put a mail behind its request.
 
-    first: whether it is the first line of a session, where a header field is as suspect.
+    first: whether neither a greeting nor an error came before, so that a header field is suspect.
     """
     line = line.strip()
     name, colon, _ = line.partition(b":")
@@ -727,9 +729,10 @@ def _count_hops(mail: BinaryIO) -> int:
 # Wire: the client's connection, as lines, pieces and deadlines
 # ---------------------------------------------------------------------------------------------
 
-# What a session waits for, by which a stop ends the wait: a verb at once, anything else of the
-# client when the grace is over, and the verb behind a mail that was delivered while stopping, last.
-_VERB, _DATA, _PARTING = range(3)
+# What is waited for, by which a stop ends the wait: a verb at once, anything else of the client
+# when the grace is over, then the verb behind a mail that was delivered while stopping, and last,
+# which is the server's wait, a delivery.
+_VERB, _DATA, _PARTING, _DELIVERY = range(4)
 
 
 class _Slots:
@@ -743,12 +746,7 @@ class _Slots:
         self.free = {0}
         self.waiting: dict[_Wire, int] = {}
         self.stopping = False
-        self._ends_at = [0.0, float("inf"), float("inf")]       # when a wait ends, once stopping
-
-    @property
-    def leave_at(self) -> float:
-        """When a delivery is left behind: a moment after the last farewell."""
-        return self._ends_at[_PARTING] + 0.2
+        self._ends_at = [0.0] + 3 * [float("inf")]      # when a wait ends, once stopping
 
     def ends(self, kind: int) -> bool:
         """Whether a wait of this kind has to end now."""
@@ -762,9 +760,9 @@ class _Slots:
 
     def stop(self, grace: float, patience: float) -> None:
         """Begin to end the sessions, as Server.stop says; a further call can only shorten this."""
-        until = _now() + grace
-        self._ends_at[_DATA] = min(self._ends_at[_DATA], until)
-        self._ends_at[_PARTING] = min(self._ends_at[_PARTING], until + patience)
+        # A delivery is left behind a moment after the last farewell.
+        for kind, seconds in (_DATA, 0.0), (_PARTING, patience), (_DELIVERY, patience + 0.2):
+            self._ends_at[kind] = min(self._ends_at[kind], _now() + grace + seconds)
         self.stopping = True
         self.wake()
 
@@ -775,7 +773,7 @@ class _Slots:
         """
         for wire, kind in self.waiting.copy().items():
             if self.ends(kind):
-                wire.wake()
+                wire.shut(_SHUT_RD)
 
 
 class _Descriptors:
@@ -800,8 +798,6 @@ class _Descriptors:
     settimeout = shutdown = close
 
 
-# What a call on a socket raises when its turn is over; None is that of a timeout of Python's own.
-_TURN_IS_OVER = frozenset((errno.EAGAIN, errno.EWOULDBLOCK, None))
 _SHUT_RD, _SHUT_WR, _SHUT_RDWR = range(3)
 
 
@@ -836,28 +832,25 @@ class _Wire:
     """
 
     def __init__(self, connection: Connection, slots: _Slots, timeout: float) -> None:
-        self._connection, self._slots, self._timeout = connection, slots, timeout
-        self._input = b""
+        self._connection, self.slots, self._timeout = connection, slots, timeout
+        self.input = b""            # what was read, but not yet returned
         self._output = b""
         self._gathered = 0.0        # when the first of it was
         self._unheard = False       # the client takes no more replies
-        self._in_tls = False
+        self._waiting = slots.waiting
         self._shutdown = connection.shutdown
 
-    def read_line(self, since: float | None, parting: bool) -> bytes:
+    def read_line(self, since: float, kind: int) -> bytes:
         """Return the next line, its end included, of up to _MAX_ENDLESS_LINE bytes.
 
-        since: when the client last did something useful, None for now: while all slots are taken,
-        it has FULL_TIMEOUT from then. parting: whether it has a moment for this line though the
-        server stops.
+        since: when the client last did something useful: while all slots are taken, it has
+        FULL_TIMEOUT from then. kind: _VERB or, if it is to have a moment though the server stops,
+        _PARTING.
         """
-        kind = _PARTING if parting else _VERB
-        now = _now()
-        since = now if since is None else since
-        deadline = now + (PARTING_TIMEOUT if parting else self._timeout)
-        if self._slots.stopping or not self._slots.free:
+        deadline = _now() + (self._timeout if kind == _VERB else PARTING_TIMEOUT)
+        if self.slots.stopping or not self.slots.free:
             self._look_around(deadline, since, kind)
-        data = self._input or self._pull(deadline, since, kind)
+        data = self.input or self._pull(deadline, since, kind)
         while True:
             if data[0] == 22 and data[1:2] == b"\x03":      # RFC 8446 5.1: a handshake record
                 raise _Ended(None, "the client spoke TLS to a plain port")
@@ -866,10 +859,8 @@ class _Wire:
                 _refuse_http(data)
                 raise _Ended(Reply(421, "4.5.2", "Endless line"), "endless line")
             if size:
-                self._input = data[size:]
+                self.input = data[size:]
                 return data[:size]
-            self._input = b""
-            self._look_around(deadline, since, kind)
             data += self._pull(deadline, since, kind)
 
     def read_piece(self, start: float, received: int) -> bytes:
@@ -877,17 +868,10 @@ class _Wire:
 
         A client may be silent for the timeout, and take as long and what MIN_RATE allows.
         """
-        if not self._input:
-            now = _now()
-            deadline = self._timeout + min(now, start + received / MIN_RATE)
-            self._look_around(deadline, now, _DATA)
-            return self._pull(deadline, now, _DATA)
-        piece, self._input = self._input, b""
-        return piece
-
-    def unread(self, data: bytes) -> None:
-        """Put back what was read too much."""
-        self._input = data + self._input
+        now = _now()
+        deadline = self._timeout + min(now, start + received / MIN_RATE)
+        piece, self.input = self.input, b""
+        return piece or self._pull(deadline, now, _DATA)
 
     def write(self, data: bytes) -> None:
         """Send `data`, at the latest before the next wait for the client."""
@@ -898,11 +882,23 @@ class _Wire:
         if len(self._output) > _GATHERED or now - self._gathered > GATHERING:
             self.flush()
 
-    def flush(self) -> None:
-        """Send what `write` has gathered."""
-        if self._output:
-            data, self._output = self._output, b""
-            self._push(data, _now() + self._timeout)
+    def flush(self, timeout: float | None = None) -> None:
+        """Send what `write` has gathered, waiting while the client does not read.
+
+        If it has closed the connection, that is no error: what it sent before is still to be read.
+        """
+        data, self._output = self._output, b""
+        since = _now()
+        deadline = since + (self._timeout if timeout is None else timeout)
+        try:
+            while data and not self._unheard:
+                data = data[self._in_turns(self._connection.send, data, deadline, since, _DATA):]
+                if data:
+                    self._look_around(deadline, since, _DATA)
+        except ConnectionError:
+            self._unheard = True
+        except OSError as error:
+            raise _Ended(None, "cannot send: %s" % _why(error)) from None
 
     def start_tls(self, context: ssl.SSLContext) -> str:
         """Go on within TLS; return its version. Raises OSError, such as ssl.SSLError, too.
@@ -911,27 +907,21 @@ class _Wire:
         """
         import socket
         self.flush()
-        self._input = b""
+        self.input = b""
         assert not isinstance(self._connection, _Descriptors)
         secured = context.wrap_socket(self._connection, server_side=True,
                                       do_handshake_on_connect=False)
-        self._connection, self._in_tls = secured, True
+        self._connection = secured
+        # OpenSSL says no farewell after an end that may be an attacker's, so that who waits is not
+        # woken, but sees a stop at the end of the turn.
+        self._waiting = {}
+        secured.settimeout(TURN / 5)
         # Not its own, which would go on in plain text, as another thread may still do meanwhile.
         self._shutdown = functools.partial(socket.socket.shutdown, secured)
-        secured.settimeout(TURN / 5)        # a stop cannot wake who waits
         now = _now()
         self._in_turns(secured.do_handshake, False, now + min(HANDSHAKE_TIMEOUT, self._timeout),
                        now, _VERB)
         return secured.version() or ""
-
-    def wake(self) -> None:
-        """Let who waits see that the server stops. Called in other threads.
-
-        Within TLS that is seen at the end of the turn: OpenSSL says no farewell after an end that
-        may be an attacker's.
-        """
-        if not self._in_tls:
-            self.shut(_SHUT_RD)
 
     def shut(self, how: int) -> None:
         """End one direction of the connection, or both. May be called in other threads."""
@@ -945,22 +935,20 @@ class _Wire:
         expect the end: a socket that is closed with unread input is reset, and the client may
         never see the farewell.
         """
-        deadline = _now() + (0.1 if self._slots.stopping else 1.0)
-        data, self._output = self._output + farewell, b""
+        self._output += farewell
         try:
-            self._push(data, deadline)
-            if self._in_tls:        # say its end (RFC 8446 6.1), but do not wait for the answer
+            self.flush(0.1 if self.slots.stopping else 1.0)
+            if hasattr(self._connection, "unwrap"):
+                # Say the end of TLS (RFC 8446 6.1), but do not wait for the answer.
                 self._connection.settimeout(0)
                 with contextlib.suppress(OSError):
-                    self._connection.unwrap()   # type: ignore[union-attr]
+                    self._connection.unwrap()
             if linger:
                 self.shut(_SHUT_WR)
-                if not self._slots.free:        # somebody may be waiting for this slot
-                    deadline = _now() + 0.1
                 self._connection.settimeout(0.1)
-                while _now() < deadline and not self._slots.stopping and self._in_turns(
-                        self._connection.recv, _CHUNK, deadline, deadline, _VERB):
-                    pass
+                deadline = _now() + (1.0 if self.slots.free else 0.1)   # if others wait for it
+                while True:
+                    self._pull(deadline, deadline, _VERB)
         except (_Ended, OSError):
             pass
         finally:
@@ -968,56 +956,39 @@ class _Wire:
 
     def _pull(self, deadline: float, since: float, kind: int) -> bytes:
         """Return the client's next bytes, after sending it what is gathered."""
-        if self._output:
-            self.flush()
-        slots, data = self._slots, b""
-        slots.waiting[self] = kind
+        self.flush()
+        self._waiting[self] = kind
         try:
-            if not slots.stopping or not slots.ends(kind):      # by now
-                data = self._in_turns(self._connection.recv, _CHUNK, deadline, since, kind)
+            self._look_around(deadline, since, kind)
+            data: bytes = self._in_turns(self._connection.recv, _CHUNK, deadline, since, kind)
         except OSError:
-            pass
+            data = b""
         finally:
-            del slots.waiting[self]
-        if slots.stopping and slots.ends(kind):     # it was woken, or came too late
-            raise _ended_by_stop()
+            del self._waiting[self]
+        if self.slots.stopping:         # it may have been woken
+            self._look_around(deadline, since, kind)
         if not data:
             raise _Ended(None, "the client left")
         return data
 
-    def _push(self, data: bytes, deadline: float) -> None:
-        """Send `data`, waiting while the client does not read.
-
-        If it has closed the connection, that is no error: what it sent before is still to be read.
-        """
-        try:
-            while data and not self._unheard:
-                since = deadline - self._timeout
-                data = data[self._in_turns(self._connection.send, data, deadline, since, _DATA):]
-                if data:
-                    self._look_around(deadline, since, _DATA)
-        except ConnectionError:
-            self._unheard = True
-        except OSError as error:
-            raise _Ended(None, "cannot send: %s" % _why(error)) from None
-
     def _in_turns(self, call: Callable[[Any], Any], argument: object, deadline: float,
                   since: float, kind: int) -> Any:
-        """Call until that returns something, or a look around ends the wait."""
+        """Call, again after each turn, until that returns; or a look around ends the wait."""
         while True:
             try:
                 return call(argument)
-            except OSError as error:
-                if error.errno not in _TURN_IS_OVER:
+            except OSError as error:        # None is a timeout's of Python's own
+                if error.errno not in (errno.EAGAIN, errno.EWOULDBLOCK, None):
                     raise
             self._look_around(deadline, since, kind)
 
     def _look_around(self, deadline: float, since: float, kind: int) -> None:
         """Raise _Ended where the wait is over."""
-        slots, now = self._slots, _now()
-        if slots.stopping and slots.ends(kind):
+        slots, now = self.slots, _now()
+        is_late = now >= deadline or not slots.free and now >= since + FULL_TIMEOUT
+        if slots.stopping and (is_late or slots.ends(kind)):
             raise _ended_by_stop()
-        if now >= deadline or not slots.free and now >= since + FULL_TIMEOUT:
+        if is_late:
             raise _Ended(Reply(421, "4.4.2", "Waited for too long"),
                          "the client was silent or too slow")
 
@@ -1067,20 +1038,18 @@ class Session:
 
     hostname = "localhost"      # as it greets, and names itself in the Received line
 
-    def __init__(self, wire: _Wire, settings: _Settings, slots: _Slots, log: _Log, number: int,
+    def __init__(self, wire: _Wire, settings: _Settings, log: _Log, number: int,
                  peer: Peer) -> None:
         self.number, self.peer = number, peer
         self.helo = ""
         self.user: str | None = None
         self.tls = False
         self.mail: Mail | None = None
-        self._wire, self._settings, self._slots = wire, settings, slots
-        self._authenticator: _Authenticator | None = settings.authenticator
-        self._log = log
+        self._wire, self._settings, self._log = wire, settings, log
+        self._client = " client=[%s]" % peer.host if peer.host else ""      # for the log
         self._protocol = ""         # by the last greeting, "" before that
         self._room = 0.0            # bytes left for further recipients of the transaction
-        self._first_line = True     # no line was read so far
-        self._line_end = b""        # the last two bytes of the last line
+        self._line = b""            # the last one that was read
         self._bare_lf = True        # each line so far ended in LF without CR
         self._errors = 0            # of the protocol
         self._undelivered = False   # at least one mail was not delivered
@@ -1105,8 +1074,8 @@ class Session:
         except BaseException:
             self._log.error("internal error", exc_info=True)
             reply, reason = Reply(421, "4.3.0", "Internal error"), "internal error"
-        if reply and self._log.debugging:
-            self._log_said(bytes(reply))
+        if reply:
+            self._log.debug("S: %s", reply._brief())
         self._log.info("closed: %s", reason)
         self._wire.close(bytes(reply) if reply else b"", bool(reply and reply.code != 221))
         return not (self.mail or self._undelivered or reply and reply.code == 421)
@@ -1117,13 +1086,12 @@ class Session:
         """Greet, and answer line by line; return the reply that ends the session."""
         if self._settings.tls and not self._settings.starttls:
             self._start_tls()
-        reply: Reply | None = self.greet()
-        while True:
+        reply = self.greet()
+        while reply is None or reply.code not in (221, 421):        # RFC 5321 3.8
             if reply is not None:
-                if reply.code in (221, 421):        # RFC 5321 3.8
-                    return reply
                 self.send(reply)
             reply = self._answer()
+        return reply
 
     def greet(self) -> Reply | None:
         """The first reply: RFC 5321 3.1."""
@@ -1133,7 +1101,7 @@ class Session:
         """What EHLO offers, a line each: RFC 5321 4.1.1.1."""
         lines = ["PIPELINING", "SIZE %d" % self._settings.max_size, "8BITMIME", "SMTPUTF8",
                  "ENHANCEDSTATUSCODES"]
-        if self._authenticator and (self.tls or not self._settings.tls):
+        if self._settings.authenticator and (self.tls or not self._settings.tls):
             lines.append("AUTH " + " ".join(_MECHANISMS))
         if self._settings.tls and not self.tls:
             lines.append("STARTTLS")
@@ -1143,7 +1111,8 @@ class Session:
         """Send a reply, or raw bytes, at the latest before the next wait for the client."""
         data = bytes(reply)
         if self._log.debugging:
-            self._log_said(data)
+            for line in data.decode("ascii", "backslashreplace").splitlines():
+                self._log.debug("S: %s", line)
         self._wire.write(data)
 
     def flush(self) -> None:
@@ -1152,21 +1121,11 @@ class Session:
 
     def read_line(self) -> bytes:
         """Return the client's next line as it came, its end included; raises if there is none."""
-        parting = self._after_data and self._slots.stopping
-        try:
-            line = self._wire.read_line(None if self.mail else self._last_use, parting)
-        except _Ended as end:
-            raise (_ended_by_stop() if parting else end) from None
-        self._after_data = False
-        self._line_end = line[-2:]
-        if self._bare_lf and self._line_end == b"\r\n":
-            self._bare_lf = False
-        if self._first_line or len(line) > MAX_LINE:    # _split_line looks at others, AUTH's apart
-            _refuse_http(line, self._first_line)
-            self._first_line = False
-            if len(line) > MAX_AUTH_LINE:
-                raise PermanentFailure("Line too long", 500, "5.5.2")
-        if parting and line.strip().upper() != b"QUIT":
+        kind = _PARTING if self._after_data and self._wire.slots.stopping else _VERB
+        line = self._wire.read_line(_now() if self.mail else self._last_use, kind)
+        self._after_data, self._line = False, line
+        self._bare_lf = self._bare_lf and line[-2:] != b"\r\n"
+        if kind == _PARTING and line.strip().upper() != b"QUIT":
             raise _ended_by_stop()
         return line
 
@@ -1179,15 +1138,24 @@ class Session:
         verb = argument = ""
         reply: Reply | None
         try:
-            verb, argument = self._read_verb()
-            method = self.VERBS.get(verb)
-            if method is None:
-                raise PermanentFailure("Unknown command", 500, "5.5.1")
+            line = self.read_line()
+            if b" HTTP/" in line:       # any verb may be the method of a request
+                _refuse_http(line)
+            verb, argument = _split_line(line.rstrip(b" \t\r\n"))
+            if len(line) > (MAX_AUTH_LINE if verb == "AUTH" else MAX_LINE):
+                raise PermanentFailure("Line too long", 500, "5.5.2")
+            if self._log.debugging:
+                # A client whose AUTH was refused may send the password all the same, as a verb.
+                is_shown = verb in self.VERBS and verb != "AUTH"
+                self._log.debug("C: %s", _shown(verb + " " + argument) if is_shown else "(hidden)")
+            method = self._require(self.VERBS.get(verb), "Unknown command", 500)
             reply = getattr(self, method)(argument)
             if verb in _PROTOCOLS and (reply is None or reply.code == 250):
                 self.helo, self._protocol, self.mail = argument, _PROTOCOLS[verb], None
         except _Failure as failure:
-            reply = failure._reply({4: (451, "0.0"), 5: (554, "0.0")}, "Refused")
+            # Here, since no verb of ours is a method of HTTP.
+            _refuse_http(self._line, first=not (self._protocol or self._errors))
+            reply = failure._reply({4: (451, "0.0"), 5: (554, "0.0")}, "Refused", self._log.info)
             # RFC 3463 3.6 has 5.5.X for errors of the protocol. But where one verb of a pipelined
             # transaction is refused, all that follow are out of order.
             self._errors += reply.enhanced.startswith("5.5.") and reply.code != 503
@@ -1196,21 +1164,6 @@ class Session:
         if reply and reply.code >= 400 and verb in ("MAIL", "RCPT"):
             self._log.info("refused %s %s: %s", verb, _shown(argument), reply._brief())
         return reply
-
-    def _read_verb(self) -> tuple[str, str]:
-        """Return the next line's verb, in upper case, and its argument."""
-        line = self.read_line()
-        # A line that may hold a password is neither cached nor logged: AUTH's, and unknown verbs,
-        # since a client whose AUTH was refused may send it all the same.
-        keep = line[:5].rstrip().upper() in _KEPT_VERBS     # which have four letters each
-        if len(line) > MAX_LINE and line[:5].upper().rstrip() != b"AUTH":
-            raise PermanentFailure("Line too long", 500, "5.5.2")
-        split = _split_line if keep else _split_line.__wrapped__
-        verb, argument = split(line.rstrip(b"\r\n"))
-        if self._log.debugging:
-            shown = verb if verb in self.VERBS else "(unknown)"
-            self._log.debug("C: %s", _shown(shown + " " + argument if keep else shown))
-        return verb, argument
 
     # The verbs, in the order of a session
 
@@ -1233,16 +1186,15 @@ class Session:
 
     def do_AUTH(self, argument: str) -> Reply | None:
         """Authenticate the client: RFC 4954."""
-        self._require(self._authenticator, "AUTH is not offered", 502)
+        self._require(self._settings.authenticator, "AUTH is not offered", 502)
         self._require(self.tls or not self._settings.tls, "Say STARTTLS first", 538, "5.7.11")
         # HELO will do: clients that read one line a reply cannot say EHLO.
         self._require(self._protocol, "Say EHLO first")
         self._require(self.user is None, "Authenticated already")
         self._require(self.mail is None, "Not allowed in a transaction")
         name, *initial = re.split("[ \t]+", argument, maxsplit=1)
-        mechanism = _MECHANISMS.get(name.upper())
-        if mechanism is None:
-            raise PermanentFailure("Mechanisms are " + " and ".join(_MECHANISMS), 504, "5.5.4")
+        mechanism = self._require(_MECHANISMS.get(name.upper()), "Mechanisms are "
+                                  + " and ".join(_MECHANISMS), 504, "5.5.4")
         user, password = mechanism(self.ask, _decode_response(initial[0]) if initial else None)
         return self._authenticate(user, password)
 
@@ -1250,7 +1202,7 @@ class Session:
         """Begin a transaction: RFC 5321 4.1.1.2."""
         self._require(self._protocol, "Say EHLO first")
         self._require(self.mail is None, "In a transaction already")
-        if self._authenticator and self._settings.auth_required and self.user is None:
+        if self._settings.authenticator and self._settings.auth_required and self.user is None:
             first = "; say STARTTLS first" if self._settings.tls and not self.tls else ""
             raise PermanentFailure("Authentication required" + first, 530, "5.7.0")
         sender, parameters = _parse_envelope(argument, "FROM")
@@ -1266,7 +1218,7 @@ class Session:
 
     def do_RCPT(self, argument: str) -> Reply | None:
         """Add a recipient: RFC 5321 4.1.1.3."""
-        mail = self._transaction()
+        mail = self._require(self.mail, "Say MAIL first")
         recipient, parameters = _parse_envelope(argument, "TO")
         size = len(recipient.encode()) + 9      # as an argument, with its end and a pointer to it
         if len(mail.recipients) >= MAX_RECIPIENTS or size > self._room:
@@ -1282,15 +1234,13 @@ class Session:
 
     def do_DATA(self, argument: str) -> Reply | None:
         """Take the mail data, and deliver: RFC 5321 4.1.1.4."""
-        mail = self._transaction()
+        mail = self._require(self.mail, "Say MAIL first")
         self._require(mail.recipients, "Recipients first")
         self._require(not argument, "DATA takes no argument", 501, "5.5.4")
         self.send(Reply(354, "", "Send the mail, then a line with only a dot"))
         self.flush()        # so that the client sends while the rest is made ready
         problem = self._read_mail_data(mail)
         self.mail = None
-        if problem:
-            self._log.info("refused the mail data: %s", problem._brief())
         started = _now()
         reply = problem or self._deliver(mail)
         if reply.code == 250:
@@ -1340,17 +1290,12 @@ class Session:
 
     # What the verbs share
 
-    def _require(self, condition: object, text: str, code: int = 503,
-                 enhanced: str = "5.5.1") -> None:
-        """Refuse a verb: by 503 where it is out of order, RFC 5321 4.1.4."""
+    def _require(self, condition: T | None, text: str, code: int = 503,
+                 enhanced: str = "5.5.1") -> T:
+        """Return it; refuse a verb without: by 503 where it is out of order, RFC 5321 4.1.4."""
         if not condition:
             raise PermanentFailure(text, code, enhanced)
-
-    def _transaction(self) -> Mail:
-        """The mail of the transaction. Raises PermanentFailure outside of one."""
-        if self.mail is None:
-            raise PermanentFailure("Say MAIL first", 503, "5.5.1")
-        return self.mail
+        return condition
 
     def _too_big(self) -> str:
         return "Mail exceeds %d bytes" % self._settings.max_size
@@ -1364,8 +1309,8 @@ class Session:
                 _understand_result(check(address, mail))
             return None
         except _Failure as failure:
-            self._log_details(failure)
-            return failure._reply({4: (451, "0.0"), 5: (553, detail)}, "Address refused")
+            defaults = {4: (451, "0.0"), 5: (553, detail)}
+            return failure._reply(defaults, "Address refused", self._log.info)
         except BaseException:
             self._log.error("check raised", exc_info=True)
             return Reply(451, "4.3.0", "Internal error")
@@ -1374,10 +1319,9 @@ class Session:
         """Begin the session afresh within TLS: RFC 3207 4.2."""
         try:
             self._log.info("%s", self._wire.start_tls(self._settings.tls))
-        except (OSError, ValueError) as error:      # ssl.SSLError is an OSError
+        except (OSError, ValueError, _Ended) as error:      # ssl.SSLError is an OSError
+            # Without a 421, which in plain text would not be understood.
             raise _Ended(None, "TLS handshake failed: %s" % error) from None
-        except _Ended as end:       # a 421 in plain text would not be understood
-            raise _Ended(None, "no TLS handshake: " + end.reason) from None
         self.tls = True
         self.helo, self._protocol, self.mail = "", "", None
 
@@ -1388,40 +1332,46 @@ class Session:
         import base64
         self.send(Reply(334, "", base64.b64encode(challenge).decode()))
         line = self.read_line()
-        _refuse_http(line)
+        self._require(len(line) <= MAX_AUTH_LINE, "Line too long", 500, "5.5.2")
         self._log.debug("C: (hidden)")
         return _decode_response(line.decode("latin-1"))
 
     def _authenticate(self, user: str, password: str) -> Reply:
-        assert self._authenticator is not None
+        authenticator = self._settings.authenticator
         self.flush()
         started = _now()
+        accepted, is_late = False, True
+        reply = Reply(535, "5.7.8", "Wrong user name or password")
         try:
-            accepted = self._authenticator.verify(user, password, self._slots.sleep)
-            reply = Reply(535, "5.7.8", "Wrong user name or password")
+            # Nobody has an empty one (RFC 4616 section 2), but a directory may take it for a login
+            # without a name: RFC 4513 5.1.2. True, or a database's 1; a coroutine, or an object
+            # with the result in it, is neither.
+            accepted = bool(user and password) and authenticator.check(user, password) in (True,)
         except _Failure as failure:
-            self._log_details(failure)
-            accepted = False
-            reply = failure._reply({4: (454, "7.0"), 5: (535, "7.8")}, "Not accepted")
+            is_late = isinstance(failure, PermanentFailure)
+            defaults = {4: (454, "7.0"), 5: (535, "7.8")}
+            reply = failure._reply(defaults, "Not accepted", self._log.info)
         except BaseException as error:
             # Its text might hold the password, and so might a traceback.
             self._log.error("authenticate raised %s", type(error).__name__)
-            return Reply(454, "4.7.0", "Cannot authenticate now")
-        finally:
-            self._last_use += _now() - started      # by which the client has not been idle
+            reply = Reply(454, "4.7.0", "Cannot authenticate now")
+        if is_late:
+            authenticator.delay(self._wire.slots.sleep, failed=not accepted)
+        self._last_use += _now() - started      # by which the client has not been idle
         if accepted:
             self.user = user
             self._log.info("authenticated as %s", _shown(user))
             return Reply(235, "2.7.0", "Authenticated")
-        self._log.info("authentication failed%s", self._named_client())
-        self._errors += reply.code >= 500
+        if reply.code >= 500:
+            self._log.info("authentication failed%s", self._client)
+            self._errors += 1
         return reply
 
     # Mail data
 
     def _read_mail_data(self, mail: Mail) -> Reply | None:
         """Read the mail data to its end, whatever goes wrong; return the reply if anything did."""
-        data = _MailData(b"\r\n" if self._line_end == b"\r\n" else b"\n", self._bare_lf)
+        data = _MailData(b"\r\n" if self._line.endswith(b"\r\n") else b"\n", self._bare_lf)
         head = b""
         if self._settings.received:
             head = _received_line(mail, self.hostname, self._protocol)
@@ -1433,12 +1383,12 @@ class Session:
                 problem = problem or self._store(mail, head, pieces, data)
                 del pieces      # no more than one piece is held while the next comes in
         except _Ended as end:
-            if data.looks_ended() and not self._slots.stopping:
+            if data.looks_ended() and not self._wire.slots.stopping:
                 hint = "; mail data has to end in CR LF . CR LF"
                 end.reply = end.reply and Reply(421, "4.4.2", end.reply.lines[0] + hint)
                 end.reason += hint
             raise
-        self._wire.unread(data.rest)
+        self._wire.input = data.rest
         return problem
 
     def _store(self, mail: Mail, head: bytes, pieces: Iterable[bytes],
@@ -1464,6 +1414,7 @@ class Session:
             self._log.error("cannot spool: %s", _why(error))
             problem = Reply(452, "4.3.1", "No room for the mail now")
         if problem:
+            self._log.info("refused the mail data: %s", problem._brief())
             _drop(mail._file)
         return problem
 
@@ -1473,24 +1424,14 @@ class Session:
             reply = _understand_result(self._settings.deliver(mail))
             return reply or Reply(250, "2.0.0", "Delivered")
         except _Failure as failure:
-            self._log_details(failure)
-            return failure._reply({4: (451, "3.0"), 5: (554, "3.0")}, "Delivery failed")
+            # What a command says is an error; what a caller's function raises was meant so.
+            log = self._log.error if isinstance(self._settings.deliver, Command) else self._log.info
+            return failure._reply({4: (451, "3.0"), 5: (554, "3.0")}, "Delivery failed", log)
         except BaseException:
             self._log.error("deliver raised", exc_info=True)
             return Reply(451, "4.3.0", "Internal error")
 
     # What the log is told
-
-    def _log_said(self, data: bytes) -> None:
-        for line in data.decode("ascii", "backslashreplace").splitlines():
-            self._log.debug("S: %s", line)
-
-    def _log_details(self, failure: _Failure) -> None:
-        """Log the details; those of a command are errors, those of a caller were meant so."""
-        put = (self._log.error if isinstance(self._settings.deliver, Command)
-               else self._log.info)
-        for line in failure.details:
-            put("%s", _shown(line))
 
     def _log_mail(self, mail: Mail, reply: Reply, seconds: float) -> None:
         """Log in one line what became of the mail."""
@@ -1505,15 +1446,10 @@ class Session:
         user = "" if self.user is None else " user=" + _shown(self.user)
         self._log.info("mail from=%s to=%s size=%d status=%s%s seconds=%.3f%s%s", sender,
                        ",".join(recipients), mail.size, status, outcome, seconds,
-                       self._named_client(), user)
-
-    def _named_client(self) -> str:
-        return " client=[%s]" % self.peer.host if self.peer.host else ""
+                       self._client, user)
 
 
 _PROTOCOLS = {"EHLO": "ESMTP", "HELO": "SMTP"}      # by the greeting: RFC 3848
-_KEPT_VERBS = frozenset(verb.encode() for verb in Session.VERBS
-                        if len(verb) == 4 and verb != "AUTH")
 
 
 # ---------------------------------------------------------------------------------------------
@@ -1561,29 +1497,11 @@ class _Authenticator:
     """The password check, with a memory of failures that makes guessing slow in all sessions."""
 
     def __init__(self, authenticate: Authenticate) -> None:
-        self._authenticate, self.always_late = authenticate, False
+        self.check, self.always_late = authenticate, False
         self._late_until = float("-inf")    # only assigned, so it needs no lock
 
-    def verify(self, user: str, password: str, sleep: Callable[[float], None]) -> bool:
-        """Whether they are right; sleeps for AUTH_DELAY if not, or after a recent failure.
-
-        Raises what `authenticate` raises, just as late, but a TemporaryFailure at once.
-        """
-        accepted = False
-        try:
-            # Nobody has an empty one (RFC 4616 section 2), but a directory may take it for a login
-            # without a name: RFC 4513 5.1.2. True, or a database's 1; a coroutine, or an object
-            # with the result in it, is neither.
-            accepted = bool(user and password) and self._authenticate(user, password) in (True,)
-        except TemporaryFailure:
-            raise
-        except BaseException:
-            self._delay(sleep, failed=True)
-            raise
-        self._delay(sleep, failed=not accepted)
-        return accepted
-
-    def _delay(self, sleep: Callable[[float], None], failed: bool) -> None:
+    def delay(self, sleep: Callable[[float], None], failed: bool) -> None:
+        """Sleep for AUTH_DELAY after a failure, be it this one or a recent one."""
         # Remembered before the delay, so that no guess made meanwhile is answered sooner.
         if failed:
             self._late_until = _now() + AUTH_MEMORY
@@ -2302,7 +2220,7 @@ class Server:
     def _new_session(self, connection: Connection, slots: _Slots, peer: Peer) -> Session:
         number = next(self._numbers)
         return self._session(_Wire(connection, slots, self._settings.timeout), self._settings,
-                             slots, self._log.of_session(number), number, peer)
+                             self._log.of_session(number), number, peer)
 
 
 class _Service:
@@ -2403,9 +2321,9 @@ class _Service:
         if threading.current_thread() in self._threads:
             return False        # stop() in a deliver waits for nobody
         for thread in self._threads:
-            while thread.is_alive() and _now() < self.slots.leave_at:
+            while thread.is_alive() and not self.slots.ends(_DELIVERY):
                 # In turns, as in `wait`, and since a further drain may bring the end forward.
-                thread.join(max(0.0, min(0.1, self.slots.leave_at - _now())))
+                thread.join(0.1)
                 self.slots.wake()       # once the grace is over, those in mail data, too
         left_behind = sum(thread.is_alive() for thread in self._threads)
         if left_behind:

@@ -82,6 +82,7 @@ if TYPE_CHECKING:
     Logger = Union[logging.Logger, logging.LoggerAdapter[Any]]
     Connection = Union[socket.socket, "_Descriptors"]
     Ask = Callable[[bytes], bytes]
+    # Of program, arguments, further variables and descriptors to be 0 to 2; returns the process id.
     Spawn = Callable[[str, list[bytes], list[bytes], tuple[int, int, int]], int]
 
 __version__ = "2.0"
@@ -1525,9 +1526,10 @@ def one_user(user: str, password: str) -> Authenticate:
 # Delivery: one command, run for each mail
 # ---------------------------------------------------------------------------------------------
 
-# Any other status is 554 5.3.0, but from 129 on, and 124, it is that of a shell, ssh or timeout(1)
-# whose command was killed: see sysexits.h.
+# By the outcome; any other is 451 4.3.0: from 129 on, as 124, a status is that of a shell, ssh or
+# timeout(1) whose command was killed. See sysexits.h.
 _EXIT_REPLIES = {
+    **dict.fromkeys(range(129), (554, "5.3.0")),
     65: (554, "5.6.0"),     # EX_DATAERR
     67: (554, "5.1.1"),     # EX_NOUSER
     68: (451, "4.3.0"),     # EX_NOHOST
@@ -1599,19 +1601,19 @@ class Command:
         # Which of them holds %F, the place of the sender.
         self._place = next((n for n, word in enumerate(self._words) if b"%F" in word), None)
         # Name by name, since another thread may change it meanwhile.
-        environment = {name: os.environb.get(name, b"") for name in list(os.environb)
-                       if name not in (b"", b"MSMTPD_USER")}
-        self._environment = [b"%b=%b" % variable for variable in environment.items()]
-        self._spawn = _find_spawn(self._environment)
+        self._environment = [b"%b=%b" % (name, os.environb.get(name, b""))
+                             for name in list(os.environb) if name not in (b"", b"MSMTPD_USER")]
+        try:
+            self._spawn = _glibc_spawn(self._environment)
+        except (ImportError, AttributeError, OSError, MemoryError):     # no ctypes, no such glibc
+            self._spawn = functools.partial(_popen, self._environment)
         self._room = self._argument_room()
 
     def check(self, address: str, mail: object = None) -> None:
         """Raise PermanentFailure if `address` could be read as an option, program, file or code."""
-        # What a command may take for an option, a program, or a file.
-        unsafe = address.startswith(("-", "|")) or address.endswith("|")
-        if address.startswith("+") or "/" in address:
-            unsafe = unsafe or not re.search('@[^"@]*$', address)       # it has no domain
-        if unsafe:
+        like_a_file = address.startswith("+") or "/" in address
+        if (address.startswith(("-", "|")) or address.endswith("|")
+                or like_a_file and not re.search('@[^"@]*$', address)):     # it has no domain
             raise PermanentFailure("Address not safe for a command", 553)
         if self._reparser and not _is_inert(address):
             raise PermanentFailure("Address not safe here: " + self._reparser, 553)
@@ -1620,7 +1622,10 @@ class Command:
         """Run the command on `mail`. Raises TemporaryFailure and PermanentFailure."""
         for address in (mail.sender, *mail.recipients):
             self.check(address)
-        self._refuse_when_stuck()
+        self._unended.difference_update([run for run in list(self._unended) if run.reap()])
+        if len(self._unended) >= MAX_UNENDED:
+            raise TemporaryFailure("Earlier commands do not end", 451, "4.3.0",
+                                   ["%d earlier commands do not end" % len(self._unended)])
         deadline = _now() + self._timeout
         run = self._start(mail)
         self._runs.add(run)
@@ -1630,22 +1635,9 @@ class Command:
             self._runs.discard(run)
             if not run.ended:
                 self._unended.add(run)
-        mail.outcome = "exit=" + run.outcome
-        if run.status != 0 or run.timed_out:
+        mail.outcome = "exit=%s" % run.outcome
+        if run.outcome != 0:
             raise self._failure(run)
-
-    def _refuse_when_stuck(self) -> None:
-        """Raise TemporaryFailure while too many commands go on that nothing could end."""
-        if self._unended:
-            self._unended.difference_update([run for run in list(self._unended) if run.reap()])
-            if len(self._unended) >= MAX_UNENDED:
-                raise TemporaryFailure("Earlier commands do not end", 451, "4.3.0",
-                                       ["%d earlier commands do not end" % len(self._unended)])
-
-    def _abandon(self) -> None:
-        """Send SIGTERM to all commands that run now."""
-        for run in list(self._runs):
-            run.signal(signal.SIGTERM)
 
     def _read_text(self) -> tuple[str, list[str]]:
         """Return the program to start and the command's words, none if a shell has to read it."""
@@ -1654,67 +1646,57 @@ class Command:
             raise ValueError("command is empty")
         if not {"\r", "\n", "\0"}.isdisjoint(text):
             raise ValueError("command holds a CR, LF or NUL; it has to be one line")
-        words: list[str] = []
         bare = re.sub(_QUOTED, "x", text) if _SPECIAL.intersection(text) else text
+        if bare.rstrip()[-1] in ";&|<>\\":
+            raise ValueError("command ends in %s, which would take a recipient for a "
+                             "command or a file; end it in --" % bare.rstrip()[-1])
+        if "#" in bare and re.search(r"(?:^|[\s;&|()])#", bare):
+            self.warnings.append("the command has a comment, which swallows the recipients")
+        words: list[str] = []
+        program = None
         if not _SPECIAL.intersection(bare) and bare.replace("\t", " ").isprintable():
             words = text.split()
             if bare != text:
                 import shlex
                 words = shlex.split(text)
             program = _find_program(words[0])
-            if program:
-                self._warn_if(_missing_interpreter(program))
-                return program, words
-        if bare.rstrip()[-1] in ";&|<>\\":
-            raise ValueError("command ends in %s, which would take a recipient for a "
-                             "command or a file; end it in --" % bare.rstrip()[-1])
-        if re.search(r"(?:^|[\s;&|()])#", bare):
-            self.warnings.append("the command has a comment, which swallows the recipients")
-        self._ask_shell(words)
-        return "/bin/sh", []
+        problem = _missing_interpreter(program) if program else self._ask_shell(words)
+        if problem:
+            self.warnings.append(problem + "; each mail will be deferred until that is mended")
+        return (program, words) if program else ("/bin/sh", [])
 
-    def _ask_shell(self, words: list[str]) -> None:
-        """Raise ValueError if the shell cannot read the command; warn if its program is missing.
+    def _ask_shell(self, words: list[str]) -> str:
+        """What to say of the command if its program is missing, or "".
 
-        words: those of a command that needs no shell.
+        words: those of a command that needs no shell. Raises ValueError if a shell cannot read it.
         """
         import subprocess
-
-        def ask(*arguments: str) -> tuple[int, str]:
-            done = subprocess.run(("/bin/sh", *arguments), stdin=subprocess.DEVNULL,
-                                  stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, check=False)
-            return done.returncode, done.stderr.decode("utf-8", "replace").strip()
         word = re.match(r"(?:\w+=\S* +|exec +)*(['\"]?)([\w./+-]+)\1(?:\s|$)", self.text.strip())
         name = word.group(2) if word else words[0] if words else ""
         missing = name and not _find_program(name)
+        run = functools.partial(subprocess.run, stdin=subprocess.DEVNULL, capture_output=True,
+                                encoding="utf-8", errors="replace")
         try:
-            status, errors = ask("-n", "-c", self.text + ' "$@"')
-            if status:
-                raise ValueError("command cannot be read by the shell: " + errors)
+            done = run(("/bin/sh", "-n", "-c", self.text + ' "$@"'))
+            if done.returncode:
+                raise ValueError("command cannot be read by the shell: " + done.stderr.strip())
             # The shell knows its builtins, too, but takes any file for a program.
-            missing = missing and ("/" in name or ask("-c", 'command -v -- "$1"', "sh", name)[0])
+            missing = missing and ("/" in name or run(
+                ("/bin/sh", "-c", 'command -v -- "$1"', "sh", name)).returncode)
         except OSError as error:
             if not words:
                 raise ValueError("command needs /bin/sh: %s" % error.strerror) from None
-        self._warn_if("cannot find or execute the program %s" % name if missing else "")
+        return "cannot find or execute the program %s" % name if missing else ""
 
-    def _warn_if(self, problem: str) -> None:
-        if problem:
-            self.warnings.append(problem + "; each mail will be deferred until that is mended")
-
-    def _argument_room(self) -> float:
+    def _argument_room(self) -> int:
         """The bytes that recipients may take, as MAX_RECIPIENT_BYTES counts them.
 
         The kernel bounds arguments and environment together, often by a quarter of the stack.
         """
-        try:
-            limit = os.sysconf("SC_ARG_MAX")
-        except (ValueError, OSError):
-            return float("inf")
-        words = [self._program.encode("utf-8", "replace"), *self._words, *self._environment]
+        words = [os.fsencode(self._program), *self._words, *self._environment]
         used = sum(len(word) + 9 for word in words)
         spare = MAX_LINE + MAX_AUTH_LINE + 4096     # for the sender, the user, the kernel's own
-        return float("inf") if limit <= 0 else limit - used - spare
+        return os.sysconf("SC_ARG_MAX") - used - spare
 
     def _start(self, mail: Mail) -> _Run:
         """Start the command with the mail as its standard input. Raises TemporaryFailure."""
@@ -1727,13 +1709,19 @@ class Command:
         opened: list[int] = []
         try:
             opened.append(_open_input(mail))
-            errors, errors_end = os.pipe()
-            opened.append(errors_end)
+            opened += os.pipe()
+            if min(opened) < 3:     # one copy could overwrite another's source
+                raise OSError(errno.EBADF, "one of descriptors 0 to 2 of this process was closed")
+            descriptors = opened[0], self._stdout, opened[2]
             try:
-                pid = self._spawn_program(words, user, (opened[0], self._stdout, errors_end))
-            except BaseException:
-                opened.append(errors)
-                raise
+                pid = self._spawn(self._program, words, user, descriptors)
+            except OSError as error:
+                if error.errno != errno.ENOEXEC:
+                    raise
+                # A script without #! is run by the shell, as by execvp(3).
+                words[:1] = b"sh", os.fsencode(self._program)
+                pid = self._spawn("/bin/sh", words, user, descriptors)
+            return _Run(pid, opened.pop(1))
         except (OSError, ValueError, MemoryError) as error:
             why = _missing_interpreter(self._program) or _why(error)
             missing = isinstance(error, (FileNotFoundError, PermissionError, NotADirectoryError))
@@ -1742,28 +1730,10 @@ class Command:
         finally:
             for descriptor in opened:
                 _close(descriptor)
-        return _Run(pid, errors)
-
-    def _spawn_program(self, words: list[bytes], user: list[bytes],
-                       descriptors: tuple[int, int, int]) -> int:
-        if min(descriptors[0], descriptors[2]) < 3:     # one copy could overwrite another's source
-            raise OSError(errno.EBADF, "one of descriptors 0 to 2 of this process was closed")
-        try:
-            return self._spawn(self._program, words, user, descriptors)
-        except OSError as error:
-            if error.errno != errno.ENOEXEC:
-                raise
-        # A script without #! is run by the shell, as by execvp(3).
-        return self._spawn("/bin/sh", [b"sh", os.fsencode(self._program), *words[1:]], user,
-                           descriptors)
 
     def _failure(self, run: _Run) -> _Failure:
         """The failure to raise for a run that was no success."""
-        status = run.status
-        if run.timed_out or status is None or status < 0 or status > 128:
-            code, enhanced = 451, "4.3.0"
-        else:
-            code, enhanced = _EXIT_REPLIES.get(status, (554, "5.3.0"))
+        code, enhanced = _EXIT_REPLIES.get(run.outcome, (451, "4.3.0"))  # type: ignore[arg-type]
         errors = run.errors.decode("utf-8", "replace")
         lines = [line.strip() for line in errors.splitlines() if line.strip()]
         why = "Command failed (exit %s)" % run.outcome
@@ -1802,15 +1772,12 @@ def _find_program(name: str) -> str | None:
 
 def _missing_interpreter(program: str) -> str:
     """What to say of a script whose first line names an interpreter that is not there, or ""."""
-    try:
-        with open(program, "rb") as file:
-            match = re.match(rb"#![ \t]*([^ \t\n]+)", file.readline(256))
-    except OSError:
-        return ""
-    if not match or os.path.exists(match.group(1)):
-        return ""
-    return "%s names an interpreter that is missing: %s" % (
-        program, _shown(match.group(1).decode("utf-8", "replace")))
+    with contextlib.suppress(OSError), open(program, "rb") as file:
+        match = re.match(rb"#![ \t]*([^ \t\n]+)", file.readline(256))
+        if match and not os.path.exists(match.group(1)):
+            return "%s names an interpreter that is missing: %s" % (
+                program, _shown(match.group(1).decode("utf-8", "replace")))
+    return ""
 
 
 class _Run:
@@ -1818,17 +1785,15 @@ class _Run:
 
     Once it has been started, no error of ours is one of its own, or leaves it unwatched.
 
-    status: as subprocess's returncode, None if it was lost. timed_out: whether its time ran out.
-    errors: the head of its standard error. ended: whether it was reaped.
+    ended: whether it was reaped. outcome: its exit status, or "signal N", "timeout" or "lost".
+    errors: the head of its standard error.
     """
 
     def __init__(self, pid: int, stderr: int) -> None:
-        self.status: int | None = None
-        self.timed_out = False
-        self.errors = b""
         self.ended = False
+        self.outcome: int | str = "lost"            # as long as it is not known
+        self.errors = b""
         self._pid = pid
-        self._pause = _SHORT_PAUSE                  # between looks at a process without a pidfd
         self._stderr: int | None = stderr           # these two are descriptors
         self._pidfd: int | None = None
         try:        # Linux with Python 3.9 or newer, unless forbidden
@@ -1836,104 +1801,79 @@ class _Run:
         except (AttributeError, OSError, MemoryError):
             pass
 
-    @property
-    def outcome(self) -> str:
-        """How it ended, for the log: the exit status, "signal N", "timeout" or "lost"."""
-        if self.timed_out:
-            return "timeout"
-        if self.status is None:
-            return "lost"
-        return str(self.status) if self.status >= 0 else "signal %d" % -self.status
-
     def finish(self, deadline: float) -> None:
         """Wait for the command to end; after `deadline`, make its whole group end.
 
         Of what else is in the group, only those that hold standard error are waited for, since a
         signal reaches zombies, too.
         """
-        signals = [signal.SIGTERM, signal.SIGKILL]
         try:
-            # Mostly it ends at once; watching its standard error, too, would mean waking up twice.
-            if self._pidfd is not None:
-                self._watch(0.01, [self._pidfd])
-            while not self.ended or self.timed_out and signals and self._stderr is not None:
-                left = deadline - _now()
-                if left > 0:
-                    pidfd = None if self.ended else self._pidfd
-                    self._watch(min(left, 3600.0),
-                                [fd for fd in (self._stderr, pidfd) if fd is not None])
-                elif self.timed_out or not self.reap():     # what has ended by now was in time
-                    self.timed_out = True
-                    if not signals:         # another user's, or stuck in the kernel
-                        break
-                    self.signal(signals.pop(0))
-                    deadline = _now() + KILL_DELAY
-            if self.timed_out:
+            self._wait(deadline)
+            if not self.ended:
+                self.signal(signal.SIGTERM)
+                self._wait(_now() + KILL_DELAY, whole_group=True)
                 self.signal(signal.SIGKILL)
+                self._wait(_now() + KILL_DELAY)     # in vain: another user's, or in the kernel
+                self.outcome = "timeout"
+            if self.outcome != 0:
+                self._wait(0.0, whole_group=True)   # no longer, but for its last words
         except BaseException:
             self.signal(signal.SIGKILL)
             raise
         finally:
-            self._close()
+            for descriptor in (self._stderr, self._pidfd):
+                if descriptor is not None:
+                    _close(descriptor)
 
-    def _watch(self, seconds: float, watched: list[int]) -> None:
-        """Wait for its end or its error output, at most `seconds`, and take what there is."""
-        if self._pidfd is None or self.ended:
-            seconds = min(seconds, self._pause)
-            self._pause = min(2 * self._pause, 0.05)
-        try:
-            if not watched:     # as poll(2) knows milliseconds only
-                time.sleep(seconds)
-            elif self._stderr in _ready(watched, (), seconds):
-                self._read_errors()
-        except (OSError, MemoryError):
-            time.sleep(min(seconds, 0.01))
-        self.reap()
+    def _wait(self, until: float, whole_group: bool = False) -> None:
+        """Wait for its end, or for all who hold its standard error, and take what comes there."""
+        pause = _SHORT_PAUSE        # between looks at a process without a pidfd
+        first = True
+        while not self.ended or whole_group and self._stderr is not None:
+            left = until - _now()
+            seconds = max(0.0, min(left, 3600.0))
+            pidfd = None if self.ended else self._pidfd
+            watched = [fd for fd in (self._stderr, pidfd) if fd is not None]
+            if pidfd is None:
+                seconds = min(seconds, pause)
+                pause = min(2 * pause, 0.05)
+            elif first:     # mostly it ends at once; watching both would mean waking up twice
+                watched, seconds, first = [pidfd], 0.01, False
+            try:
+                if not watched:     # as poll(2) knows milliseconds only
+                    time.sleep(seconds)
+                elif self._stderr in _ready(watched, (), seconds):
+                    data = os.read(self._stderr, _CHUNK)
+                    self.errors += data[:MAX_ERROR_OUTPUT - len(self.errors)]
+                    if not data:
+                        _close(self._stderr)
+                        self._stderr, pause = None, _SHORT_PAUSE    # its end is near
+            except (OSError, MemoryError):
+                time.sleep(min(seconds, 0.01))
+            self.reap()
+            if left <= 0:       # what has ended by now was in time
+                break
 
     def signal(self, number: int) -> None:
-        """Send a signal to the whole process group, unless the command has ended in time."""
-        if self.ended and not self.timed_out:
-            return
+        """Send a signal to the whole process group."""
         with contextlib.suppress(ProcessLookupError, PermissionError):
             os.killpg(self._pid, number)
 
     def reap(self) -> bool:
         """Take the status of the command, if it has ended; return whether it has."""
-        if not self.ended:
-            try:
-                pid, status = os.waitpid(self._pid, os.WNOHANG)
-            except ChildProcessError:
-                # Somebody in this process waits for all children, or ignores SIGCHLD.
-                pid, status = -1, 0
-            except OSError:     # to be asked again
-                pid, status = 0, 0
-            if pid > 0:
-                self.status = status and (-os.WTERMSIG(status) if os.WIFSIGNALED(status)
-                                          else os.WEXITSTATUS(status))
-            if pid != 0:        # never taken back: another thread may have reaped it meanwhile
-                self.ended = True
-        return self.ended
-
-    def _read_errors(self) -> None:
-        """Read what is there of the command's standard error, and keep the head of it."""
-        assert self._stderr is not None
-        data = os.read(self._stderr, _CHUNK)
-        self.errors += data[:MAX_ERROR_OUTPUT - len(self.errors)]
-        if not data:
-            _close(self._stderr)
-            self._stderr, self._pause = None, _SHORT_PAUSE      # its end is near
-
-    def _close(self) -> None:
-        """Read the rest of the head, unless the command succeeded; close all descriptors."""
+        if self.ended:
+            return True
         try:
-            while (self.status != 0 and self._stderr is not None
-                   and len(self.errors) < MAX_ERROR_OUTPUT and _ready((self._stderr,), (), 0)):
-                self._read_errors()
-        except (OSError, MemoryError):
-            pass
-        for descriptor in (self._stderr, self._pidfd):
-            if descriptor is not None:
-                _close(descriptor)
+            pid, status = os.waitpid(self._pid, os.WNOHANG)
+            if pid == 0:
+                return False
+            self.outcome = os.WEXITSTATUS(status)
+            if os.WIFSIGNALED(status):
+                self.outcome = "signal %d" % os.WTERMSIG(status)
+        except ChildProcessError:
+            pass        # somebody in this process waits for all children, or ignores SIGCHLD
+        self.ended = True
+        return True
 
 
 def _close(descriptor: int) -> None:
@@ -1949,9 +1889,22 @@ def _open_input(mail: Mail) -> int:
 
     Raises TemporaryFailure if it cannot, and there is no room for it elsewhere.
     """
-    reader = _fill_pipe(mail.data) if isinstance(mail._file, io.BytesIO) else None
-    if reader is not None:
-        return reader
+    if isinstance(mail._file, io.BytesIO):
+        data = mail.data
+        reader, writer = os.pipe()
+        try:
+            if len(data) > 4096:        # the least that a pipe takes at once anywhere
+                os.set_blocking(writer, False)
+            if len(data) > 65536:       # what it takes on Linux, unless asked for more
+                import fcntl
+                fcntl.fcntl(writer, getattr(fcntl, "F_SETPIPE_SZ", 1031), len(data))
+            if os.write(writer, data) == len(data):
+                return reader
+        except OSError:     # BlockingIOError is one
+            pass
+        finally:
+            _close(writer)
+        _close(reader)
     try:
         mail._ensure_descriptor()
     except OSError as error:
@@ -1959,51 +1912,19 @@ def _open_input(mail: Mail) -> int:
     return os.dup(mail.file.fileno())
 
 
-def _fill_pipe(data: bytes) -> int | None:
-    """The reading end of a pipe that holds `data`; None if there is no pipe that can."""
-    reader, writer = os.pipe()
-    try:
-        if len(data) > 4096:        # the least that a pipe takes at once anywhere
-            os.set_blocking(writer, False)
-        if len(data) > 65536:       # what it takes on Linux, unless asked for more
-            import fcntl
-            fcntl.fcntl(writer, getattr(fcntl, "F_SETPIPE_SZ", 1031), len(data))
-        if os.write(writer, data) == len(data):
-            return reader
-    except OSError:     # BlockingIOError is one
-        pass
-    finally:
-        _close(writer)
-    _close(reader)
-    return None
-
-
-def _find_spawn(environment: list[bytes]) -> Spawn:
-    """The fastest way to start a program here, with this environment.
-
-    A Spawn takes the program, its arguments, further variables, and the descriptors that become 0
-    to 2; it returns the process id, and raises OSError. The process is in a session of its own.
-    """
-    try:
-        return _glibc_spawn(environment)
-    except (ImportError, AttributeError, OSError, MemoryError):     # no ctypes, or no such glibc
-        pass
-
-    def spawn(program: str, arguments: list[bytes], variables: list[bytes],
-              descriptors: tuple[int, int, int]) -> int:
-        import subprocess
-        stdin, stdout, stderr = descriptors
-        pairs = (variable.partition(b"=") for variable in environment + variables)
-        process = subprocess.Popen(arguments, executable=program, stdin=stdin, stdout=stdout,
-                                   stderr=stderr, env={name: value for name, _, value in pairs},
-                                   start_new_session=True)
-        process.returncode = 0      # so that subprocess leaves it to us
-        return process.pid
-    return spawn
+def _popen(environment: list[bytes], program: str, arguments: list[bytes],
+           variables: list[bytes], descriptors: tuple[int, int, int]) -> int:
+    """A Spawn, once it has the environment, by subprocess."""
+    import subprocess
+    process = subprocess.Popen(
+        arguments, -1, program, *descriptors, start_new_session=True,
+        env=dict(variable.split(b"=", 1) for variable in environment + variables))
+    process.returncode = 0      # so that subprocess leaves it to us
+    return process.pid
 
 
 def _glibc_spawn(environment: list[bytes]) -> Spawn:
-    """A Spawn by posix_spawn(3) of glibc 2.34 or newer; raises what _find_spawn catches elsewhere.
+    """A Spawn by posix_spawn(3) of glibc 2.34 or newer; raises what Command catches elsewhere.
 
     Other threads run meanwhile, unlike under subprocess: half as many mails again for 8 clients.
     """
@@ -2011,7 +1932,6 @@ def _glibc_spawn(environment: list[bytes]) -> Spawn:
     glibc, posix_spawn = ctypes.PyDLL("libc.so.6"), ctypes.CDLL("libc.so.6").posix_spawn
     add_dup2 = glibc.posix_spawn_file_actions_adddup2
     add_close_from = glibc.posix_spawn_file_actions_addclosefrom_np
-
     block = ctypes.c_long * 128         # larger than each of glibc's structures
 
     def strings(texts: list[bytes]) -> ctypes.Array[ctypes.c_char_p]:
@@ -2019,13 +1939,11 @@ def _glibc_spawn(environment: list[bytes]) -> Spawn:
             raise ValueError("NUL in an argument")      # it would end there
         return (ctypes.c_char_p * (len(texts) + 1))(*texts, None)
 
-    attributes, none, all_signals = block(), block(), block()
-    glibc.sigemptyset(none)
+    attributes, all_signals = block(), block()
     glibc.sigfillset(all_signals)
-    glibc.posix_spawnattr_init(attributes)
+    glibc.posix_spawnattr_init(attributes)      # with zeros: an empty mask of signals among them
     glibc.posix_spawnattr_setflags(attributes, 0x04 | 0x08 | 0x80)  # SETSIGDEF, SETSIGMASK, SETSID
     glibc.posix_spawnattr_setsigdefault(attributes, all_signals)
-    glibc.posix_spawnattr_setsigmask(attributes, none)
     usual = strings(environment)
 
     def spawn(program: str, arguments: list[bytes], variables: list[bytes],
@@ -2899,7 +2817,8 @@ def _stop_by_signal(slots: _Slots, drain: Callable[[float, float], None],
     def stop(number: int, frame: object) -> None:
         # The end of a terminal may be told twice, by the kernel and a shell.
         if slots.stopping and number != signal.SIGHUP:
-            command._abandon()
+            for run in list(command._runs):
+                run.signal(signal.SIGTERM)
             os._exit(1)
         drain(GRACE, patience)
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)[:3 if os.isatty(2) else 2]:

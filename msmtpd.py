@@ -82,6 +82,7 @@ if TYPE_CHECKING:
     Logger = Union[logging.Logger, logging.LoggerAdapter[Any]]
     Connection = Union[socket.socket, "_Descriptors"]
     Ask = Callable[[bytes], bytes]
+    Wait = tuple[float, float, int]     # deadline, since, kind: see the room "Wire"
     # Of program, arguments, further variables and descriptors to be 0 to 2; returns the process id.
     Spawn = Callable[[str, list[bytes], list[bytes], tuple[int, int, int]], int]
 
@@ -89,9 +90,7 @@ __version__ = "2.0"
 __all__ = ["Server", "Session", "Mail", "Peer", "Reply", "Command", "TemporaryFailure",
            "PermanentFailure", "one_user", "smtpd_handler", "main"]    # and the limits
 
-# ---------------------------------------------------------------------------------------------
-# Limits. Who embeds or tests the server may set them; they are read when they are needed.
-# ---------------------------------------------------------------------------------------------
+# ---- Limits. Who embeds or tests the server may set them; they are read when they are needed. -
 
 MAX_SIZE = 64 * 1024 * 1024        # bytes of mail data as received; at least 64 K: 4.5.3.1.7
 MAX_MEMORY = 128 * 1024            # bytes of mail data kept in memory; if larger, it goes to a file
@@ -101,7 +100,7 @@ MAX_RECIPIENT_BYTES = 256 * 1024   # of all as arguments, each with its end and 
 MAX_HOPS = 5                       # times that a mail may come here: RFC 5321 6.3
 MAX_LINE = 2048                    # bytes, end included; at least 512 plus extensions: 4.5.3.1.4
 MAX_AUTH_LINE = 12288              # bytes of a line in an AUTH exchange: RFC 4954 section 4
-MAX_ERRORS = 10                    # protocol errors in a session, the last answered by 421
+MAX_ERRORS = 10                    # protocol errors since the last mail, the last answered by 421
 MAX_ERROR_OUTPUT = 4096            # bytes kept of what a command writes to standard error
 MAX_ERROR_TEXT = 300               # bytes of it that a reply repeats
 MAX_LOGGED = 200                   # characters of a value from outside that a log line repeats
@@ -126,6 +125,7 @@ _MAX_REPLY_LINE = 512              # bytes, end included: RFC 5321 4.5.3.1.5
 _MAX_ENDLESS_LINE = 65536          # bytes after which the end of a line is no longer waited for
 _GATHERED = 4096                   # bytes of replies to gather; more are sent at once
 _CHUNK = 96 * 1024                 # bytes per read: less than malloc maps and unmaps each time
+_PIPE_BUF = getattr(select, "PIPE_BUF", 512)    # bytes that fit once a pipe can be written
 _SHORT_PAUSE = 0.0001              # seconds until the first look at whether a command has ended
 
 __all__ += [name for name in dir() if re.fullmatch("(?!TYPE_)[A-Z][A-Z_]+", name)]
@@ -135,9 +135,7 @@ _now = (functools.partial(time.clock_gettime, time.CLOCK_MONOTONIC)
         if hasattr(time, "clock_gettime") else time.monotonic)
 
 
-# ---------------------------------------------------------------------------------------------
-# Values
-# ---------------------------------------------------------------------------------------------
+# ---- Values -----------------------------------------------------------------------------------
 
 class Peer:
     """Where a client is: `host`, its IP address, "" where it has none, and `port`, or None."""
@@ -198,7 +196,7 @@ class _Ended(Exception):
 
 
 class _Failure(Exception):
-    """What a function or a verb's method raises to refuse; the codes begin with the digit."""
+    """What the two failures share: all of it but `_digit`, with which their codes begin."""
 
     _digit = 0
 
@@ -211,12 +209,12 @@ class _Failure(Exception):
             raise ValueError("the enhanced code has to be %d.X.X, not %r" % (self._digit, enhanced))
         self.code, self.enhanced, self.details = code, enhanced, details
 
-    def _reply(self, defaults: dict[int, tuple[int, str]], default_text: str,
-               log: Callable[[str, str], None]) -> Reply:
-        """The reply to give. `defaults`: by the digit, code and rest of the enhanced code."""
+    def _reply(self, log: Callable[[str, str], None], default_text: str,
+               permanent: tuple[int, str], temporary: tuple[int, str] = (451, "0.0")) -> Reply:
+        """The reply to give; where it is not said by which code, by one of these two."""
         for line in self.details:
             log("%s", _shown(line))
-        default, detail = defaults[self._digit]
+        default, detail = permanent if self._digit == 5 else temporary
         text, code, enhanced = str(self)[:_MAX_REPLY_LINE], self.code or default, self.enhanced
         found = re.match(r"(%d(?:\.[0-9]{1,3}){2})(?: +|$)" % self._digit, text)
         if enhanced is None and found:      # as in a reply that is moved over from elsewhere
@@ -369,19 +367,17 @@ def _understand_result(result: object) -> Reply | None:
         raise TypeError("to refuse, raise TemporaryFailure or PermanentFailure; %r was returned"
                         % (result,))
     said = isinstance(result, str) and re.fullmatch(
-        r"250 (?:(2(?:\.[0-9]{1,3}){2}) )?(.+)", result, re.DOTALL)
-    return Reply(250, said.group(1) or "2.0.0", said.group(2)) if said else None
+        r"250 (?:(2(?:\.[0-9]{1,3}){2})(?: |$))?(.*)", result, re.DOTALL)
+    return Reply(250, said.group(1) or "2.0.0", said.group(2) or "Delivered") if said else None
 
 
 # What all sessions of a server share: see Server's arguments; `checks` are asked in turn, and
 # `room` is what the command can take of recipients, in bytes as MAX_RECIPIENT_BYTES counts them.
-_Settings = collections.namedtuple("_Settings", "deliver checks room authenticator auth_required "
+_Settings = collections.namedtuple("_Settings", "deliver checks room authenticate auth_required "
                                    "tls starttls received max_size timeout")
 
 
-# ---------------------------------------------------------------------------------------------
-# Log
-# ---------------------------------------------------------------------------------------------
+# ---- Log --------------------------------------------------------------------------------------
 
 _DEBUG, _INFO, _ERROR = 10, 20, 40      # as in logging, whose import would cost inetd users a lot
 
@@ -463,7 +459,7 @@ class _Outlet(io.FileIO):
                 self._stuck = not _ready((), (self.fileno(),), seconds)
             if self._stuck:
                 break
-            left = left[os.write(self.fileno(), left[:512]):]   # POSIX's least PIPE_BUF: it fits
+            left = left[os.write(self.fileno(), left[:_PIPE_BUF]):]
         return len(text)
 
 
@@ -490,15 +486,13 @@ def _shown(value: str) -> str:
     return repr(value[:MAX_LOGGED])[1:-1][:MAX_LOGGED]
 
 
-# ---------------------------------------------------------------------------------------------
-# Grammar: pure functions on text
-# ---------------------------------------------------------------------------------------------
+# ---- Grammar: pure functions on text ----------------------------------------------------------
 
 # RFC 5321 4.1.2 and RFC 6531 3.3, but more forgiving: dots may be anywhere in a local part and at
 # the end of a domain, and underscores and hyphens anywhere in its labels.
 _ATEXT = r"""[^\x00-\x20\x7f"(),:;<>@\[\\\]]+"""
 _QUOTED_STRING = r'"(?:[^\x00-\x1f\x7f"\\]|\\[ -~])*"'
-# Letters, digits and _, as a negated set: one that reaches to U+10FFFF takes 45 ms to compile.
+# Letters, digits, - and _, as a negated set: one that reaches to U+10FFFF takes 45 ms to compile.
 _LABEL = r"[^\x00-,./:-@\[-^`{-\x7f]+"
 _DOMAIN = r"(?:{0}(?:\.{0})*\.?|\[[0-9A-Za-z.:]+\])".format(_LABEL)
 # What shapes letters of Persian and Indic scripts; domains may hold it: RFC 5892 A.1, A.2.
@@ -620,9 +614,7 @@ def _decode_text(raw: bytes) -> str:
         return raw.decode("latin-1")
 
 
-# ---------------------------------------------------------------------------------------------
-# Mail data
-# ---------------------------------------------------------------------------------------------
+# ---- Mail data --------------------------------------------------------------------------------
 
 class _MailData:
     """Finds the end of mail data in pieces cut anywhere, and turns it into lines that end in LF.
@@ -648,16 +640,16 @@ class _MailData:
 
     def feed(self, piece: bytes) -> Iterator[bytes]:
         """Take the next piece; return what is certain now of the lines."""
-        settled = self._settle(self._tail + piece)
-        self.size += len(settled)
-        return self._decode(settled)
+        certain = self._before_end(self._tail + piece)
+        self.size += len(certain)
+        return self._decode(certain)
 
     def looks_ended(self) -> bool:
         """Whether the client may think that it has ended the data, if only by other line ends."""
         return self._tail.endswith((b"\n.\n", b"\n.\r\n"))
 
-    def _settle(self, data: bytes) -> bytes:
-        """Return what of `data` is before the end, and before what may be the begin of one.
+    def _before_end(self, data: bytes) -> bytes:
+        """Return what of `data` stands before the end, or before what may be its beginning.
 
         Mostly that is all of `data`, and then no byte is copied.
         """
@@ -668,17 +660,18 @@ class _MailData:
                 at, end = min(found)
                 self.ended, self.rest = True, data[at + len(end):]
                 return data[:at + end.index(b".")]
-        if self._first and len(data) < 16:      # the first line's first bytes come together
+        if self._first and len(data) < 16:      # as _store looks for ">From " in one piece
             self._tail = data
             return b""
-        if data.endswith((b"\r", b"\n", b".")):      # as does what may be the begin of an end
+        if data.endswith((b"\r", b"\n", b".")):      # as does each beginning of an end
             self._tail = data[-4:]
             return data[:-4]
         return data
 
-    def _decode(self, settled: bytes) -> Iterator[bytes]:
-        lines = settled.rstrip(b"\r")
-        held, self._held = self._held, len(settled) - len(lines)
+    def _decode(self, certain: bytes) -> Iterator[bytes]:
+        """Yield these bytes as lines that end in LF, without the dots of transparency."""
+        lines = certain.rstrip(b"\r")
+        held, self._held = self._held, len(certain) - len(lines)
         if not lines:
             self._held += held
             return
@@ -696,7 +689,7 @@ class _MailData:
         self._at_line_start = lines.endswith(b"\n")
         if b"." in lines:
             lines = lines.replace(b"\n.", b"\n")
-        lines = lines[1:] if dot or self._first else lines
+        lines = lines[1:] if dot or self._first else lines      # without the dot, or DATA's LF
         self._first = False
         if lines:
             yield lines
@@ -721,31 +714,32 @@ def _received_line(mail: Mail, host: str, greeted: str) -> bytes:
         time.strftime("%z", now))).encode("ascii", "replace")
 
 
-def _count_hops(mail: BinaryIO) -> int:
+def _count_hops(file: BinaryIO) -> int:
     """How many of _received_line's fields a mail has, from here or another msmtpd.py on its way."""
-    return mail.read(_CHUNK).partition(b"\n\n")[0].count(b" (msmtpd) with ")
+    return file.read(_CHUNK).partition(b"\n\n")[0].count(b" (msmtpd) with ")
 
 
-# ---------------------------------------------------------------------------------------------
-# Wire: the client's connection, as lines, pieces and deadlines
-# ---------------------------------------------------------------------------------------------
+# ---- Wire: the client's connection, as lines, pieces and deadlines ----------------------------
 
-# What is waited for, by which a stop ends the wait: a verb at once, anything else of the client
-# when the grace is over, then the verb behind a mail that was delivered while stopping, and last,
-# which is the server's wait, a delivery.
+# A wait for the client has a deadline, a time since when the client has done nothing useful, from
+# which FULL_TIMEOUT counts while all slots are taken, and a kind, by which a stop ends it: that for
+# a verb at once, any other when the grace is over, then that for the verb behind a mail that was
+# delivered while stopping, and last, which is the server's wait, that for a delivery.
 _VERB, _DATA, _PARTING, _DELIVERY = range(4)
 
 
 class _Slots:
-    """What a server tells its sessions: whether all slots are taken, and whether to end.
+    """What sessions share while they are served: whether all slots are taken, and whether to end.
 
     free: the threads that could take a further client; under inetd, one that is never taken.
-    waiting: who waits for a client, and for what. To set and to delete a key needs no lock.
+    waiting: who waits for a client, and how. To add to these and to take from them needs no lock,
+    unlike counting. late_until: when answers to AUTH cease to be late, for guessers in any session.
     """
 
     def __init__(self) -> None:
         self.free = {0}
-        self.waiting: dict[_Wire, int] = {}
+        self.waiting: dict[_Wire, Wait] = {}
+        self.late_until = float("-inf")
         self.stopping = False
         self._ends_at = [0.0] + 3 * [float("inf")]      # when a wait ends, once stopping
 
@@ -760,7 +754,11 @@ class _Slots:
             time.sleep(max(0.0, min(0.1, end - _now())))
 
     def stop(self, grace: float, patience: float) -> None:
-        """Begin to end the sessions, as Server.stop says; a further call can only shorten this."""
+        """Begin to end the sessions, as Server.stop says; a further call can only shorten this.
+
+        Signal handlers call it, so it takes no lock, as setting an Event does: the code that they
+        interrupt might hold it.
+        """
         # A delivery is left behind a moment after the last farewell.
         for kind, seconds in (_DATA, 0.0), (_PARTING, patience), (_DELIVERY, patience + 0.2):
             self._ends_at[kind] = min(self._ends_at[kind], _now() + grace + seconds)
@@ -768,11 +766,11 @@ class _Slots:
         self.wake()
 
     def wake(self) -> None:
-        """Wake those who wait though they have to end now.
+        """Wake those who wait though they have to end now, by shutting what they read from.
 
-        Who is woken cannot read on; if it has just ceased to wait, it sees that it has to end.
+        That cannot be undone, but who has just ceased to wait looks at the stop before it goes on.
         """
-        for wire, kind in self.waiting.copy().items():
+        for wire, (_, _, kind) in self.waiting.copy().items():
             if self.ends(kind):
                 wire.shut(_SHUT_RD)
 
@@ -791,7 +789,7 @@ class _Descriptors:
     def send(self, data: bytes) -> int:
         if not _ready((), (self._sink,), TURN):
             raise BlockingIOError(errno.EAGAIN, "no room to write")
-        return os.write(self._sink, data[:512])     # POSIX's least PIPE_BUF: fits once writable
+        return os.write(self._sink, data[:_PIPE_BUF])
 
     def close(self, *values: object) -> None:
         """Left to the end of the process."""
@@ -799,23 +797,24 @@ class _Descriptors:
     settimeout = shutdown = close
 
 
-_SHUT_RD, _SHUT_WR, _SHUT_RDWR = range(3)
+_SHUT_RD, _SHUT_WR, _SHUT_RDWR = range(3)       # as in `socket`, which pipes do without
 
 
 def _taking_turns(connection: socket.socket) -> socket.socket:
-    """Return that socket, but its calls wait no longer than TURN, or a part of it.
+    """Return the socket, whose calls from now on wait for no longer than TURN, or a part of it.
 
-    In the kernel where it can: a timeout of Python's own asks poll(2) before each call. Not where
-    the socket is not the system's, as under gevent, and its descriptor so never blocks.
+    By the kernel where it can: for a timeout of its own, Python asks poll(2) before each call. But
+    under gevent the socket is not the system's, and its descriptor never blocks.
     """
     import socket
     import struct
     if not isinstance(connection, socket.socket):       # eventlet's accept returns the system's
         connection = socket.socket(fileno=connection.detach())
     try:
+        connection.setblocking(True)        # on BSDs, an accepted one is what the listener is
         if not os.get_blocking(connection.fileno()):
-            raise OSError
-        # A stop can wake who reads, but not who sends.
+            raise OSError       # which here means: not by the kernel
+        # Shorter turns for who sends, whom a stop cannot wake.
         for option, turn in (socket.SO_RCVTIMEO, TURN), (socket.SO_SNDTIMEO, TURN / 5):
             connection.setsockopt(socket.SOL_SOCKET, option,
                                   struct.pack("ll", int(turn), int(1e6 * (turn % 1))))
@@ -825,11 +824,11 @@ def _taking_turns(connection: socket.socket) -> socket.socket:
 
 
 class _Wire:
-    """The client's bytes, read as lines or in pieces; replies are gathered and sent together.
+    """The client's connection, read by lines or pieces; replies are gathered and sent together.
 
     Whoever waits for the client does so in turns of at most TURN, and looks after each at the
-    deadline, at the slots and whether the server stops. All that waits, but close, raises _Ended
-    where that is over or the client has left.
+    deadline, at the slots and whether the server stops. All methods that wait, but close, raise
+    _Ended where the wait is over, or the client has left.
     """
 
     def __init__(self, connection: Connection, slots: _Slots, timeout: float) -> None:
@@ -837,21 +836,19 @@ class _Wire:
         self.input = b""            # what was read, but not yet returned
         self._output = b""
         self._gathered = 0.0        # when the first of it was
-        self._unheard = False       # the client takes no more replies
+        self._unheard = False       # the client has closed, and takes no more replies
         self._waiting = slots.waiting
         self._shutdown = connection.shutdown
 
     def read_line(self, since: float, kind: int) -> bytes:
         """Return the next line, its end included, of up to _MAX_ENDLESS_LINE bytes.
 
-        since: when the client last did something useful: while all slots are taken, it has
-        FULL_TIMEOUT from then. kind: _VERB or, if it is to have a moment though the server stops,
-        _PARTING.
+        kind: _VERB or, if the client is to have a moment though the server stops, _PARTING.
         """
-        deadline = _now() + (self._timeout if kind == _VERB else PARTING_TIMEOUT)
+        wait = _now() + (self._timeout if kind == _VERB else PARTING_TIMEOUT), since, kind
         if self.slots.stopping or not self.slots.free:
-            self._look_around(deadline, since, kind)
-        data = self.input or self._pull(deadline, since, kind)
+            self._look_around(wait)
+        data = self.input or self._pull(wait)
         while True:
             if data[0] == 22 and data[1:2] == b"\x03":      # RFC 8446 5.1: a handshake record
                 raise _Ended(None, "the client spoke TLS to a plain port")
@@ -862,7 +859,7 @@ class _Wire:
             if size:
                 self.input = data[size:]
                 return data[:size]
-            data += self._pull(deadline, since, kind)
+            data += self._pull(wait)
 
     def read_piece(self, start: float, received: int) -> bytes:
         """Return what comes next of mail data that began at `start`, `received` bytes so far.
@@ -872,7 +869,7 @@ class _Wire:
         now = _now()
         deadline = self._timeout + min(now, start + received / MIN_RATE)
         piece, self.input = self.input, b""
-        return piece or self._pull(deadline, now, _DATA)
+        return piece or self._pull((deadline, now, _DATA))
 
     def write(self, data: bytes) -> None:
         """Send `data`, at the latest before the next wait for the client."""
@@ -886,16 +883,17 @@ class _Wire:
     def flush(self, timeout: float | None = None) -> None:
         """Send what `write` has gathered, waiting while the client does not read.
 
-        If it has closed the connection, that is no error: what it sent before is still to be read.
+        If the client has closed the connection, that is no error, and nothing more is sent: what it
+        sent before is still to be read.
         """
         data, self._output = self._output, b""
-        since = _now()
-        deadline = since + (self._timeout if timeout is None else timeout)
+        now = _now()
+        wait = now + (self._timeout if timeout is None else timeout), now, _DATA
         try:
             while data and not self._unheard:
-                data = data[self._in_turns(self._connection.send, data, deadline, since, _DATA):]
+                data = data[self._in_turns(self._connection.send, data, wait):]
                 if data:
-                    self._look_around(deadline, since, _DATA)
+                    self._look_around(wait)
         except ConnectionError:
             self._unheard = True
         except OSError as error:
@@ -920,8 +918,8 @@ class _Wire:
         # Not its own, which would go on in plain text, as another thread may still do meanwhile.
         self._shutdown = functools.partial(socket.socket.shutdown, secured)
         now = _now()
-        self._in_turns(secured.do_handshake, False, now + min(HANDSHAKE_TIMEOUT, self._timeout),
-                       now, _VERB)
+        wait = now + min(HANDSHAKE_TIMEOUT, self._timeout), now, _VERB
+        self._in_turns(secured.do_handshake, False, wait)
         return secured.version() or ""
 
     def shut(self, how: int) -> None:
@@ -949,42 +947,42 @@ class _Wire:
                 self._connection.settimeout(0.1)
                 deadline = _now() + (1.0 if self.slots.free else 0.1)   # if others wait for it
                 while True:
-                    self._pull(deadline, deadline, _VERB)
+                    self._pull((deadline, deadline, _VERB))
         except (_Ended, OSError):
             pass
         finally:
             self._connection.close()
 
-    def _pull(self, deadline: float, since: float, kind: int) -> bytes:
+    def _pull(self, wait: Wait) -> bytes:
         """Return the client's next bytes, after sending it what is gathered."""
         self.flush()
-        self._waiting[self] = kind
+        self._waiting[self] = wait
         try:
-            self._look_around(deadline, since, kind)
-            data: bytes = self._in_turns(self._connection.recv, _CHUNK, deadline, since, kind)
+            self._look_around(wait)
+            data: bytes = self._in_turns(self._connection.recv, _CHUNK, wait)
         except OSError:
             data = b""
         finally:
             del self._waiting[self]
         if self.slots.stopping:         # it may have been woken
-            self._look_around(deadline, since, kind)
+            self._look_around(wait)
         if not data:
             raise _Ended(None, "the client left")
         return data
 
-    def _in_turns(self, call: Callable[[Any], Any], argument: object, deadline: float,
-                  since: float, kind: int) -> Any:
-        """Call, again after each turn, until that returns; or a look around ends the wait."""
+    def _in_turns(self, call: Callable[[Any], Any], argument: object, wait: Wait) -> Any:
+        """Return what `call` does, which is called again after each turn of waiting in vain."""
         while True:
             try:
                 return call(argument)
             except OSError as error:        # None is a timeout's of Python's own
                 if error.errno not in (errno.EAGAIN, errno.EWOULDBLOCK, None):
                     raise
-            self._look_around(deadline, since, kind)
+            self._look_around(wait)
 
-    def _look_around(self, deadline: float, since: float, kind: int) -> None:
-        """Raise _Ended where the wait is over."""
+    def _look_around(self, wait: Wait) -> None:
+        """Raise _Ended where the wait is over: by its deadline, for others, or by a stop."""
+        deadline, since, kind = wait
         slots, now = self.slots, _now()
         is_late = now >= deadline or not slots.free and now >= since + FULL_TIMEOUT
         if slots.stopping and (is_late or slots.ends(kind)):
@@ -998,9 +996,7 @@ def _ended_by_stop() -> _Ended:
     return _Ended(Reply(421, "4.3.2", "Shutting down"), "the server stops")
 
 
-# ---------------------------------------------------------------------------------------------
-# Session: one method for each verb
-# ---------------------------------------------------------------------------------------------
+# ---- Session: one method for each verb --------------------------------------------------------
 
 class Session:
     """One client's dialogue, made by a Server. To change what a verb does, override its method.
@@ -1047,7 +1043,7 @@ class Session:
         self.tls = False
         self.mail: Mail | None = None
         self._wire, self._settings, self._log = wire, settings, log
-        self._client = " client=[%s]" % peer.host if peer.host else ""      # for the log
+        self._client_field = " client=[%s]" % peer.host if peer.host else ""    # of log lines
         self._protocol = ""         # by the last greeting, "" before that
         self._room = 0.0            # bytes left for further recipients of the transaction
         self._line = b""            # the last one that was read
@@ -1102,7 +1098,8 @@ class Session:
         """What EHLO offers, a line each: RFC 5321 4.1.1.1."""
         lines = ["PIPELINING", "SIZE %d" % self._settings.max_size, "8BITMIME", "SMTPUTF8",
                  "ENHANCEDSTATUSCODES"]
-        if self._settings.authenticator and (self.tls or not self._settings.tls):
+        # Not by its truth: an object, such as a table that is still empty, may be false.
+        if self._settings.authenticate is not None and (self.tls or not self._settings.tls):
             lines.append("AUTH " + " ".join(_MECHANISMS))
         if self._settings.tls and not self.tls:
             lines.append("STARTTLS")
@@ -1152,11 +1149,12 @@ class Session:
             method = self._require(self.VERBS.get(verb), "Unknown command", 500)
             reply = getattr(self, method)(argument)
             if verb in _PROTOCOLS and (reply is None or reply.code == 250):
-                self.helo, self._protocol, self.mail = argument, _PROTOCOLS[verb], None
+                self._reset()
+                self.helo, self._protocol = argument, _PROTOCOLS[verb]
         except _Failure as failure:
             # Here, since no verb of ours is a method of HTTP.
             _refuse_http(self._line, first=not (self._protocol or self._errors))
-            reply = failure._reply({4: (451, "0.0"), 5: (554, "0.0")}, "Refused", self._log.info)
+            reply = failure._reply(self._log.info, "Refused", (554, "0.0"))
             # RFC 3463 3.6 has 5.5.X for errors of the protocol. But where one verb of a pipelined
             # transaction is refused, all that follow are out of order.
             self._errors += reply.enhanced.startswith("5.5.") and reply.code != 503
@@ -1187,7 +1185,7 @@ class Session:
 
     def do_AUTH(self, argument: str) -> Reply | None:
         """Authenticate the client: RFC 4954."""
-        self._require(self._settings.authenticator, "AUTH is not offered", 502)
+        self._require(self._settings.authenticate is not None, "AUTH is not offered", 502)
         self._require(self.tls or not self._settings.tls, "Say STARTTLS first", 538, "5.7.11")
         # HELO will do: clients that read one line a reply cannot say EHLO.
         self._require(self._protocol, "Say EHLO first")
@@ -1203,12 +1201,12 @@ class Session:
         """Begin a transaction: RFC 5321 4.1.1.2."""
         self._require(self._protocol, "Say EHLO first")
         self._require(self.mail is None, "In a transaction already")
-        if self._settings.authenticator and self._settings.auth_required and self.user is None:
+        if self._settings.auth_required and self.user is None:
             first = "; say STARTTLS first" if self._settings.tls and not self.tls else ""
             raise PermanentFailure("Authentication required" + first, 530, "5.7.0")
         sender, parameters = _parse_envelope(argument, "FROM")
         if 0 < self._settings.max_size < int(parameters.get("SIZE", "SIZE=0")[5:]):
-            raise PermanentFailure(self._too_big(), 552, "5.3.4")
+            return self._too_big()
         mail = Mail(sender, peer=self.peer, helo=self.helo, user=self.user, tls=self.tls,
                     mail_options=list(parameters.values()))
         refusal = self._ask_checks(sender, mail, "1.7")
@@ -1246,6 +1244,8 @@ class Session:
         reply = problem or self._deliver(mail)
         if reply.code == 250:
             self._errors = 0    # some clients send a blank line, or an unknown verb, with each mail
+        else:
+            self._undelivered = True
         self._last_use = _now()
         self._log_mail(mail, reply, self._last_use - started)
         self._after_data = True
@@ -1258,7 +1258,7 @@ class Session:
     def do_RSET(self, argument: str) -> Reply | None:
         """Give up the transaction: RFC 5321 4.1.1.5."""
         self._require(not argument, "RSET takes no argument", 501, "5.5.4")
-        self.mail, self._last_use = None, _now()
+        self._reset()
         return Reply(250, "2.0.0", "Reset")
 
     def do_VRFY(self, argument: str) -> Reply | None:
@@ -1293,16 +1293,21 @@ class Session:
 
     def _require(self, condition: T | None, text: str, code: int = 503,
                  enhanced: str = "5.5.1") -> T:
-        """Return it; refuse a verb without: by 503 where it is out of order, RFC 5321 4.1.4."""
+        """Return `condition` if it holds, or refuse: by 503 out of order, RFC 5321 4.1.4."""
         if not condition:
             raise PermanentFailure(text, code, enhanced)
         return condition
 
-    def _too_big(self) -> str:
-        return "Mail exceeds %d bytes" % self._settings.max_size
+    def _reset(self) -> None:
+        """Give up the transaction. Where there is none, that is small talk, which holds no slot."""
+        if self.mail:
+            self.mail, self._last_use = None, _now()
+
+    def _too_big(self) -> Reply:
+        return Reply(552, "5.3.4", "Mail exceeds %d bytes" % self._settings.max_size)
 
     def _ask_checks(self, address: str, mail: Mail, detail: str) -> Reply | None:
-        """The reply to an address that needs SMTPUTF8 without it, or that `check` refuses."""
+        """The reply that refuses an address, for want of SMTPUTF8 or by `check`; else None."""
         if not (address.isascii() or mail.smtputf8):
             return Reply(553, "5.6.7", "Address needs SMTPUTF8")
         try:
@@ -1310,8 +1315,7 @@ class Session:
                 _understand_result(check(address, mail))
             return None
         except _Failure as failure:
-            defaults = {4: (451, "0.0"), 5: (553, detail)}
-            return failure._reply(defaults, "Address refused", self._log.info)
+            return failure._reply(self._log.info, "Address refused", (553, detail))
         except BaseException:
             self._log.error("check raised", exc_info=True)
             return Reply(451, "4.3.0", "Internal error")
@@ -1323,8 +1327,8 @@ class Session:
         except (OSError, ValueError, _Ended) as error:      # ssl.SSLError is an OSError
             # Without a 421, which in plain text would not be understood.
             raise _Ended(None, "TLS handshake failed: %s" % error) from None
-        self.tls = True
-        self.helo, self._protocol, self.mail = "", "", None
+        self._reset()
+        self.tls, self.helo, self._protocol = True, "", ""
 
     # Authentication
 
@@ -1338,7 +1342,7 @@ class Session:
         return _decode_response(line.decode("latin-1"))
 
     def _authenticate(self, user: str, password: str) -> Reply:
-        authenticator = self._settings.authenticator
+        slots = self._wire.slots
         self.flush()
         started = _now()
         accepted, is_late = False, True
@@ -1347,24 +1351,27 @@ class Session:
             # Nobody has an empty one (RFC 4616 section 2), but a directory may take it for a login
             # without a name: RFC 4513 5.1.2. True, or a database's 1; a coroutine, or an object
             # with the result in it, is neither.
-            accepted = bool(user and password) and authenticator.check(user, password) in (True,)
+            accepted = bool(user and password) and self._settings.authenticate(
+                user, password) in (True,)
         except _Failure as failure:
             is_late = isinstance(failure, PermanentFailure)
-            defaults = {4: (454, "7.0"), 5: (535, "7.8")}
-            reply = failure._reply(defaults, "Not accepted", self._log.info)
+            reply = failure._reply(self._log.info, "Not accepted", (535, "7.8"), (454, "7.0"))
         except BaseException as error:
             # Its text might hold the password, and so might a traceback.
             self._log.error("authenticate raised %s", type(error).__name__)
             reply = Reply(454, "4.7.0", "Cannot authenticate now")
-        if is_late:
-            authenticator.delay(self._wire.slots.sleep, failed=not accepted)
+        # Remembered before the delay, so that no guess made meanwhile is answered sooner.
+        if is_late and not accepted:
+            slots.late_until = max(slots.late_until, _now() + AUTH_MEMORY)
+        if is_late and _now() < slots.late_until:
+            slots.sleep(AUTH_DELAY)
         self._last_use += _now() - started      # by which the client has not been idle
         if accepted:
             self.user = user
             self._log.info("authenticated as %s", _shown(user))
             return Reply(235, "2.7.0", "Authenticated")
         if reply.code >= 500:
-            self._log.info("authentication failed%s", self._client)
+            self._log.info("authentication failed%s", self._client_field)
             self._errors += 1
         return reply
 
@@ -1396,9 +1403,7 @@ class Session:
                data: _MailData) -> Reply | None:
         """Keep these lines; return the reply where they are too many, loop, or find no room."""
         try:
-            problem = None
-            if 0 < self._settings.max_size < data.size:
-                problem = Reply(552, "5.3.4", self._too_big())
+            problem = self._too_big() if 0 < self._settings.max_size < data.size else None
             for lines in pieces if not problem else ():
                 if head and mail.size == len(head):
                     if lines[:1] in (b" ", b"\t"):
@@ -1427,7 +1432,7 @@ class Session:
         except _Failure as failure:
             # What a command says is an error; what a caller's function raises was meant so.
             log = self._log.error if isinstance(self._settings.deliver, Command) else self._log.info
-            return failure._reply({4: (451, "3.0"), 5: (554, "3.0")}, "Delivery failed", log)
+            return failure._reply(log, "Delivery failed", (554, "3.0"), (451, "3.0"))
         except BaseException:
             self._log.error("deliver raised", exc_info=True)
             return Reply(451, "4.3.0", "Internal error")
@@ -1436,7 +1441,6 @@ class Session:
 
     def _log_mail(self, mail: Mail, reply: Reply, seconds: float) -> None:
         """Log in one line what became of the mail."""
-        self._undelivered = self._undelivered or reply.code != 250
         if not self._log.informing:
             return
         status = {2: "sent", 4: "deferred"}.get(reply.code // 100, "failed")
@@ -1447,15 +1451,13 @@ class Session:
         user = "" if self.user is None else " user=" + _shown(self.user)
         self._log.info("mail from=%s to=%s size=%d status=%s%s seconds=%.3f%s%s", sender,
                        ",".join(recipients), mail.size, status, outcome, seconds,
-                       self._client, user)
+                       self._client_field, user)
 
 
 _PROTOCOLS = {"EHLO": "ESMTP", "HELO": "SMTP"}      # by the greeting: RFC 3848
 
 
-# ---------------------------------------------------------------------------------------------
-# Authentication
-# ---------------------------------------------------------------------------------------------
+# ---- Authentication ---------------------------------------------------------------------------
 
 def _decode_response(text: str) -> bytes:
     """A response of AUTH without its base64; "=" is an empty one (RFC 4954 section 4).
@@ -1494,22 +1496,6 @@ def _login(ask: Ask, initial: bytes | None) -> tuple[str, str]:
 _MECHANISMS = {"PLAIN": _plain, "LOGIN": _login}
 
 
-class _Authenticator:
-    """The password check, with a memory of failures that makes guessing slow in all sessions."""
-
-    def __init__(self, authenticate: Authenticate) -> None:
-        self.check, self.always_late = authenticate, False
-        self._late_until = float("-inf")    # only assigned, so it needs no lock
-
-    def delay(self, sleep: Callable[[float], None], failed: bool) -> None:
-        """Sleep for AUTH_DELAY after a failure, be it this one or a recent one."""
-        # Remembered before the delay, so that no guess made meanwhile is answered sooner.
-        if failed:
-            self._late_until = _now() + AUTH_MEMORY
-        if self.always_late or _now() < self._late_until:
-            sleep(AUTH_DELAY)
-
-
 def one_user(user: str, password: str) -> Authenticate:
     """An `authenticate` that accepts one user, comparing in constant time."""
     import hmac
@@ -1522,9 +1508,7 @@ def one_user(user: str, password: str) -> Authenticate:
     return authenticate
 
 
-# ---------------------------------------------------------------------------------------------
-# Delivery: one command, run for each mail
-# ---------------------------------------------------------------------------------------------
+# ---- Delivery: one command, run for each mail -------------------------------------------------
 
 # By the outcome; any other is 451 4.3.0: from 129 on, as 124, a status is that of a shell, ssh or
 # timeout(1) whose command was killed. See sysexits.h.
@@ -1547,9 +1531,9 @@ _EXIT_REPLIES = {
 _SHELLS = frozenset("""
     adb ash autossh bash busybox clush csh dash dbclient doas dsh elvish eval expect fish flock
     hush ksh lksh make mksh mosh msmtp-enqueue.sh msmtp-queue msmtpq msmtpq-ng nu oksh osh parallel
-    pdksh pdsh plink posh pssh pwsh rbash rc
-    remsh rksh rlogin rsh rsync runuser rzsh sash scp screen script sg sh slogin ssh su sudo
-    systemd-run tclsh tcsh tmux toybox watch xargs xonsh yash ysh zsh
+    pdksh pdsh plink posh pssh pwsh rbash rc remsh rksh rlogin rsh rsync runuser rzsh sash scp
+    screen script sg sh slogin ssh su sudo systemd-run tclsh tcsh tmux toybox watch xargs xonsh
+    yash ysh zsh
 """.split())
 
 # What a shell takes literally, and what is special to it anywhere else.
@@ -1579,7 +1563,7 @@ class Command:
         if signal.getsignal(signal.SIGCHLD) is signal.SIG_IGN:
             raise ValueError("this process ignores SIGCHLD, and so loses every exit status")
         if timeout is not None and not timeout > 0:
-            raise ValueError("command's timeout has to be more than 0 seconds")
+            raise ValueError("delivery_timeout has to be more than 0")
         if stdout == 0:
             raise ValueError("stdout cannot be descriptor 0, where the command reads the mail")
         for number in range(3):
@@ -1783,7 +1767,8 @@ def _missing_interpreter(program: str) -> str:
 class _Run:
     """One run of the command, in a session, and so a process group, of its own.
 
-    Once it has been started, no error of ours is one of its own, or leaves it unwatched.
+    It may deliver whatever happens here: so an error of ours must neither pass for one of its own
+    nor end the watch over it.
 
     ended: whether it was reaped. outcome: its exit status, or "signal N", "timeout" or "lost".
     errors: the head of its standard error.
@@ -1988,9 +1973,7 @@ def smtpd_handler(process_message: Callable[..., str | None], *,
     return deliver
 
 
-# ---------------------------------------------------------------------------------------------
-# Serving
-# ---------------------------------------------------------------------------------------------
+# ---- Serving ----------------------------------------------------------------------------------
 
 class Server:
     """An SMTP server on one or more sockets, with a thread for each session.
@@ -2043,20 +2026,18 @@ class Server:
                 (timeout > 0, "timeout has to be more than 0")):
             if not makes_sense:
                 raise ValueError(wanted)
-        self.host, self.port = self._hosts[0], port
+        self.host, self.port, self._port = self._hosts[0], port, port
         self.addresses: list[Peer] = []
-        self._port, self._sockets = port, sockets
         checks: tuple[Check, ...] = () if check is None else (check,)
         room = float("inf")
         if isinstance(deliver, Command):        # so that MAIL and RCPT already refuse
             checks, room = (deliver.check, *checks), deliver._room
-        # Not by its truth: an object, such as a table that is still empty, may be false.
-        authenticator = None if authenticate is None else _Authenticator(authenticate)
-        self._settings = _Settings(deliver, checks, room, authenticator, auth_required, None,
+        auth_required = auth_required and authenticate is not None
+        self._settings = _Settings(deliver, checks, room, authenticate, auth_required, None,
                                    starttls, received, max_size, timeout)
         if tls is not None:
             self.tls = tls
-        self._session, self._log = session, _library_log(log)
+        self._session, self._sockets, self._log = session, sockets, _library_log(log)
         self._starting, self._numbers = threading.RLock(), itertools.count(1)
         self._service: _Service | None = None       # while it is started
 
@@ -2077,7 +2058,7 @@ class Server:
 
     def __enter__(self) -> Server:
         with self._starting:
-            if not self._serves():
+            if not self._is_started():
                 self.start()
         return self
 
@@ -2085,21 +2066,21 @@ class Server:
         self.stop()
 
     def start(self) -> None:
-        """Listen, and serve in threads; raise OSError if it cannot, RuntimeError if it does so."""
+        """Listen, and serve in threads. Raises OSError, and RuntimeError if it has been started."""
         with self._starting:
-            if self._serves():
+            if self._is_started():
                 raise RuntimeError("the server has been started already")
             sockets = self._sockets or _listen(self._hosts, self._port)
 
-            def serve(client: socket.socket, name: object, slots: _Slots) -> None:
-                self._new_session(_taking_turns(client), slots, _peer_of(name))._run()
+            def serve(client: socket.socket, address: object) -> None:
+                self._new_session(_taking_turns(client), service, _peer_of(address))._run()
             service = _Service(sockets, self._max_sessions, self._log, serve)
             try:
                 self.addresses = [_peer_of(listener.getsockname()) for listener in sockets]
                 service.start()
                 self._service = service
             except BaseException:
-                service.drain(0.0, STOP_PATIENCE)
+                service.stop(0.0, STOP_PATIENCE)
                 service.join()
                 raise
             if self.addresses[0].port is not None:
@@ -2113,8 +2094,8 @@ class Server:
         """
         service = self._service     # by the end, a `deliver` may have started another
         if service:
-            service.drain(grace, STOP_PATIENCE)
-            self._finish(service)
+            service.stop(grace, STOP_PATIENCE)
+            self._join(service)
 
     def serve_forever(self) -> None:
         """Serve, starting if need be, until stop() elsewhere; after KeyboardInterrupt call that."""
@@ -2125,13 +2106,13 @@ class Server:
         if service:         # not stopped since
             while not service.wait():
                 pass
-            self._finish(service)
+            self._join(service)
 
-    def _serves(self) -> bool:
-        return self._service is not None and not self._service.slots.stopping
+    def _is_started(self) -> bool:
+        return self._service is not None and not self._service.stopping
 
-    def _finish(self, service: _Service) -> None:
-        """Wait for the end of what was started as this."""
+    def _join(self, service: _Service) -> None:
+        """Wait for the end of this service, which has been told to stop."""
         if service.join() and self._service is service:
             self._service = None
 
@@ -2141,7 +2122,7 @@ class Server:
                              self._log.of_session(number), number, peer)
 
 
-class _Service:
+class _Service(_Slots):
     """What serves from a start of the server to its stop: the listeners and the threads.
 
     Each thread accepts a client and serves it: so a client is not handed over to another thread,
@@ -2150,17 +2131,16 @@ class _Service:
     """
 
     def __init__(self, sockets: Sequence[socket.socket], number: int, log: _Log,
-                 serve: Callable[[socket.socket, object, _Slots], None]) -> None:
+                 serve: Callable[[socket.socket, object], None]) -> None:
         import socket
-        self.slots = _Slots()
-        self.slots.free = set()             # the numbers of threads
+        super().__init__()
+        self.free = set()                   # of the numbers of threads
         self._number, self._log, self._serve = number, log, serve
         self._pid = os.getpid()
         self._threads: list[threading.Thread] = []
         self._starting = threading.Lock()   # held while they are started
-        self._running = threading.Lock()    # held until the stop
-        self._running.acquire()
         self._pause = 0.0                   # seconds to wait after the last try, if that failed
+        self._turns = itertools.count()     # by which all listeners get theirs, as by epoll(7)
         with contextlib.ExitStack() as opened:
             for listener in sockets:
                 opened.enter_context(listener)
@@ -2178,8 +2158,8 @@ class _Service:
                 self._epoll.register(self._stop_seen, select.EPOLLIN)
                 for listener in sockets:
                     self._epoll.register(listener, select.EPOLLIN | select.EPOLLONESHOT)
-            self._turn: ContextManager[object] = (contextlib.nullcontext() if self._epoll
-                                                  else threading.Lock())
+            self._accepting: ContextManager[object] = (contextlib.nullcontext() if self._epoll
+                                                       else threading.Lock())
             self._opened = opened.pop_all()
 
     def start(self) -> None:
@@ -2207,42 +2187,40 @@ class _Service:
     def wait(self) -> bool:
         """Wait for the stop, half a second at most; return whether it has come."""
         # No longer: a signal that the kernel gives to another thread does not end a wait.
-        if not self.slots.stopping:
-            self._running.acquire(timeout=min(0.5, TURN))
-        return self.slots.stopping
+        with contextlib.suppress(OSError, ValueError):      # stopped and closed by another thread
+            _ready((self._stop_seen.fileno(),), (), 0.0 if self.stopping else min(0.5, TURN))
+        return self.stopping
 
-    def drain(self, grace: float, patience: float) -> None:
+    def stop(self, grace: float, patience: float) -> None:
         """Begin to stop, and return at once, as a signal handler has to.
 
         A `deliver` that still runs `patience` seconds after `grace` is left behind.
         """
         if os.getpid() == self._pid:
-            self.slots.stop(grace, patience)
+            super().stop(grace, patience)
             with contextlib.suppress(OSError):
                 self._stop_told.shutdown(_SHUT_RDWR)
         else:       # a fork, whose parent has the threads and serves on
-            self.slots.stopping = True
-        with contextlib.suppress(RuntimeError):     # it was released before
-            self._running.release()
+            self.stopping = True
 
     def join(self) -> bool:
-        """Stop listening and wait for the threads, as long as `drain` allows.
+        """Stop listening and wait for the threads, as long as `stop` allows.
 
         Returns False, without waiting for their end, if called in one of them.
         """
         if os.getpid() != self._pid:
             self._opened.close()
             return True
-        while self.slots.free:      # those who wait for a client will cease to
+        while self.free:        # those who wait for a client will cease to
             time.sleep(0.001)
         self._opened.close()
         if threading.current_thread() in self._threads:
             return False        # stop() in a deliver waits for nobody
         for thread in self._threads:
-            while thread.is_alive() and not self.slots.ends(_DELIVERY):
-                # In turns, as in `wait`, and since a further drain may bring the end forward.
+            while thread.is_alive() and not self.ends(_DELIVERY):
+                # In turns, as in `wait`, and since a further stop may bring the end forward.
                 thread.join(0.1)
-                self.slots.wake()       # once the grace is over, those in mail data, too
+                self.wake()     # once the grace is over, those in mail data, too
         left_behind = sum(thread.is_alive() for thread in self._threads)
         if left_behind:
             self._log.error("left behind: %d sessions, which do not end", left_behind)
@@ -2253,16 +2231,16 @@ class _Service:
         with self._starting:
             if number >= self._number:
                 return
-        while not self.slots.stopping:
+        while not self.stopping:
             try:
-                self.slots.free.add(number)
+                self.free.add(number)
                 try:
                     accepted = self._accept()
                 finally:
-                    self.slots.free.discard(number)
+                    self.free.discard(number)
                 if accepted:
                     with accepted[0]:
-                        self._serve(*accepted, self.slots)
+                        self._serve(*accepted)
             except BaseException:
                 self._log.error("a session ended by an error", exc_info=True)
                 time.sleep(0.1)     # in case it recurs at once
@@ -2271,14 +2249,14 @@ class _Service:
         """Wait, and return a client and its address; None if it is to be called again."""
         ready: list[socket.socket] = []
         try:
-            with self._turn:
-                if self.slots.stopping:
+            with self._accepting:
+                if self.stopping:
                     return None
                 descriptors = ([each for each, _ in self._epoll.poll(None, 1)] if self._epoll
                                else _ready(self._by_descriptor, (), 3600.0))
                 ready = [self._by_descriptor[each] for each in descriptors]
                 if ready and self._stop_seen not in ready:
-                    accepted = ready[0].accept()
+                    accepted = ready[next(self._turns) % len(ready)].accept()
                     self._pause = 0.0
                     return accepted
         except (BlockingIOError, ConnectionAbortedError):       # the client has left
@@ -2295,7 +2273,7 @@ class _Service:
     def _rearm(self, listeners: list[socket.socket]) -> None:
         """Let epoll(7) tell of the next client; where that failed, the listener would be deaf."""
         for listener in listeners:
-            while self._epoll and listener is not self._stop_seen and not self.slots.stopping:
+            while self._epoll and listener is not self._stop_seen and not self.stopping:
                 try:
                     self._epoll.modify(listener, select.EPOLLIN | select.EPOLLONESHOT)
                     break
@@ -2313,12 +2291,12 @@ def _library_log(log: Logger | _Log | None) -> _Log:
     return _Log(logging.getLogger("msmtpd") if log is None else log)
 
 
-def _peer_of(name: object) -> Peer:
+def _peer_of(address: object) -> Peer:
     """The Peer that a socket's address stands for."""
-    if not (isinstance(name, tuple) and isinstance(name[0], str)):
+    if not (isinstance(address, tuple) and isinstance(address[0], str)):
         return Peer()       # a Unix or VM socket's
-    host = name[0]
-    return Peer(host[7:] if host.startswith("::ffff:") and "." in host else host, name[1])
+    host = address[0]
+    return Peer(host[7:] if host.startswith("::ffff:") and "." in host else host, address[1])
 
 
 def _listen(hosts: Sequence[str], wanted: int, tries: int = 8) -> list[socket.socket]:
@@ -2369,9 +2347,7 @@ def _standard_streams() -> tuple[Connection, Peer]:
     return _taking_turns(connection), peer
 
 
-# ---------------------------------------------------------------------------------------------
-# Command line
-# ---------------------------------------------------------------------------------------------
+# ---- Command line -----------------------------------------------------------------------------
 
 class _StartError(Exception):
     """Why the program cannot start, and what to do about it."""
@@ -2391,7 +2367,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     log = _Log(None, stderr)
     try:
         try:
-            _settle(inetd)
+            _put_in_order(inetd)
         finally:        # whatever is wrong, the log may have been named before that
             options, mistake = _read_options(words)
             log = _open_log(options, stderr)
@@ -2409,8 +2385,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 3
 
 
-def _settle(inetd: bool) -> None:
-    """Put in order what commands inherit: descriptors 0 to 2, PATH, signals."""
+def _put_in_order(inetd: bool) -> None:
+    """Mend what commands inherit: descriptors 0 to 2, PATH, signals."""
     for descriptor in range(3):
         try:
             os.fstat(descriptor)
@@ -2432,7 +2408,7 @@ def _read_options(words: Sequence[str]) -> tuple[argparse.Namespace, str]:
     parser, options = _parser(), argparse.Namespace()
     try:
         _, unknown = parser.parse_known_args(words, options)
-    except _StartError as error:    # argparse may say so before it has set those before the mistake
+    except _StartError as error:    # maybe before argparse has set what stands before the mistake
         for end in range(len(words)):
             with contextlib.suppress(_StartError):
                 parser.parse_known_args(words[:end], options)
@@ -2697,11 +2673,11 @@ def _make_server(options: argparse.Namespace, log: _Log,
                  stdout: int | None) -> tuple[Server, Command]:
     """The server that the options describe, and the command it delivers to."""
     sockets = _inherited_sockets(options.inetd)
-    checks: list[Authenticate] = []
+    users: list[Authenticate] = []
 
     def authenticate(user: str, password: str) -> bool:
         # All are asked each time, so that the time tells nothing about which users there are.
-        return True in [check(user, password) for check in checks]
+        return True in [is_this(user, password) for is_this in users]
     try:
         command = Command(options.command, timeout=options.delivery_timeout, stdout=stdout)
         server = Server(command, options.interface or "127.0.0.1", options.port,
@@ -2713,8 +2689,8 @@ def _make_server(options: argparse.Namespace, log: _Log,
                         log=log)    # type: ignore[arg-type]
     except ValueError as error:     # it begins with an argument's name, as the option has it
         raise _StartError("--" + str(error).replace("_", "-", 1)) from None
-    checks += [one_user(user, _find_password(user, program, options.inetd))
-               for user, program in options.auth]       # last, since it may ask
+    users += [one_user(user, _find_password(user, program, options.inetd))
+              for user, program in options.auth]        # last, since it may ask
     for text in command.warnings:
         log.warn(text)
     return server, command
@@ -2728,9 +2704,8 @@ def _run_inetd(options: argparse.Namespace, log: _Log) -> int:
         raise _StartError("TLS needs a socket as standard input and output")
     server, command = _make_server(options, log, os.open(os.devnull, os.O_WRONLY))
     slots = _Slots()
-    _stop_by_signal(slots, slots.stop, command)
-    if options.auth:    # always late, since no memory of failures outlives this process
-        server._settings.authenticator.always_late = True
+    _stop_by_signal(slots, command)
+    slots.late_until = float("inf")     # always, since no memory of failures outlives this process
     return 0 if server._new_session(connection, slots, peer)._run() else 1
 
 
@@ -2740,7 +2715,7 @@ def _run_daemon(options: argparse.Namespace, log: _Log) -> int:
     notify = os.environ.pop("NOTIFY_SOCKET", "")
     server, command = _make_server(options, log, None)
     service = _start_server(server, options)
-    _stop_by_signal(service.slots, service.drain, command)
+    _stop_by_signal(service, command)
     asked: list[int] = []
     if not os.isatty(2) and signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:
         signal.signal(signal.SIGHUP, lambda number, frame: asked.append(number))
@@ -2806,8 +2781,7 @@ def _announce(server: Server, log: _Log, options: argparse.Namespace) -> None:
                  % (places, options.command, client % (host, server.port)))
 
 
-def _stop_by_signal(slots: _Slots, drain: Callable[[float, float], None],
-                    command: Command) -> None:
+def _stop_by_signal(slots: _Slots, command: Command) -> None:
     """Let SIGTERM, SIGINT and the end of the terminal end the server in good order, and a second
     SIGTERM or SIGINT at once; what is ignored, as SIGINT in the background, stays so.
     """
@@ -2820,7 +2794,7 @@ def _stop_by_signal(slots: _Slots, drain: Callable[[float, float], None],
             for run in list(command._runs):
                 run.signal(signal.SIGTERM)
             os._exit(1)
-        drain(GRACE, patience)
+        slots.stop(GRACE, patience)
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)[:3 if os.isatty(2) else 2]:
         if signal.getsignal(number) is not signal.SIG_IGN:
             signal.signal(number, stop)

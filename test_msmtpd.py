@@ -1158,7 +1158,6 @@ class MailData(WireCase):
 
 @unittest.skipUnless(hasattr(resource, "prlimit") and os.path.exists("/proc/self/fd"), "no prlimit")
 class MailsThatFindNoRoom(ProgramCase):
-
     def test_are_refused_and_give_their_room_back_at_once(self):
         def spools():
             """The files without a name that the server has open; None if that changes."""
@@ -2413,7 +2412,6 @@ class LibraryCase(ServerCase):
 
 
 class StartingAServer(LibraryCase):
-
     def test_arguments_that_make_no_sense_are_refused_before_it(self):
         for options in ({"deliver": None}, {"host": None}, {"host": ()},
                         {"host": ("127.0.0.1", 25)}, {"port": -1}, {"port": 65536}, {"port": "25"},
@@ -2501,7 +2499,6 @@ class StartingAServer(LibraryCase):
 
 
 class StoppingAServer(LibraryCase):
-
     def test_whatever_clients_do(self):
         """Idle ones are told at once, the mute after the grace; who is stuck is left behind."""
         self.limit(STOP_PATIENCE=0.25)
@@ -2941,7 +2938,6 @@ msmtpd.Server(deliver)
 
 
 class WhatTheDocumentationShows(LibraryCase):
-
     def test_help_tells_of_all_that_is_public_and_can_be_read_at_a_sitting(self):
         text = pydoc.render_doc(msmtpd, renderer=pydoc.plaintext)
         # From 3.13 on each argument of a long signature is shown in a line of its own.
@@ -3034,7 +3030,6 @@ class WhatTheDocumentationShows(LibraryCase):
 
 
 class SmtpdHandlers(LibraryCase):
-
     def test_replies_that_process_message_may_return(self):
         self.check_replies((
             (None, "250 2.0.0 Delivered"), ("", "250 2.0.0 Delivered"), ("250 Ok", "250 2.0.0 Ok"),
@@ -3063,7 +3058,6 @@ INTERNAL = "451 4.3.0 Internal error"
 
 
 class WhatDeliverMakesOfAMail(LibraryCase):
-
     def test_codes_that_do_not_fit_are_refused_where_they_are_raised(self):
         for failure, good, bad in (
                 (temporary, (400, 499, None, "4.1.20"),
@@ -3132,7 +3126,6 @@ class WhatDeliverMakesOfAMail(LibraryCase):
 
 
 class ChecksOfAddresses(LibraryCase):
-
     def test_are_asked_for_each_sender_and_recipient(self):
         """And know the one from the other by the mail's recipients."""
         def check(address, mail):
@@ -3221,7 +3214,6 @@ class ChecksOfAddresses(LibraryCase):
 
 
 class AuthenticatingByAFunction(LibraryCase):
-
     def log_in(self, client, user="user", password="password"):
         """The reply to AUTH."""
         return client.do("AUTH PLAIN " + encoded("\0%s\0%s" % (user, password)))
@@ -3282,7 +3274,6 @@ class AuthenticatingByAFunction(LibraryCase):
 
 @unittest.skipUnless(ssl, "no module ssl")
 class TLSByAContext(LibraryCase):
-
     def context(self):
         context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
         with tempfile.NamedTemporaryFile("w") as file:
@@ -3365,7 +3356,6 @@ class TLSByAContext(LibraryCase):
 
 
 class ErrorsOnPurpose(LibraryCase):
-
     def test_by_defining_a_verbs_method(self):
         class Grumpy(msmtpd.Session):
             VERBS = dict(msmtpd.Session.VERBS, XLOUD="do_XLOUD")
@@ -3481,7 +3471,6 @@ def parts_of(mail):
 
 
 class AMail(LibraryCase):
-
     def test_has_an_envelope_and_data(self):
         client = self.client(self.serve())
         head = "Subject: =?utf-8?q?gr=C3=BC=C3=9Fe?=\r\n\r\n"
@@ -3564,7 +3553,6 @@ class AMail(LibraryCase):
 
 
 class WhatIsLogged(LibraryCase):
-
     def test_goes_to_the_logger_msmtpd_or_to_one_that_is_given(self):
         for name in ("msmtpd", "project.mail"):
             with self.subTest(name=name), self.assertLogs(name, "INFO") as log:
@@ -3739,8 +3727,7 @@ class Options(HostCase):
 
     def test_version(self):
         """Here told by the file itself, to a pipe, which Python flushes at its end only."""
-        environment = {name: value for name, value in os.environ.items()
-                       if name != "PYTHONUNBUFFERED"}
+        environment = dict(os.environ, PYTHONUNBUFFERED="")
         done = self.run_words(sys.executable, "-S", PROGRAM, "--version", env=environment)
         self.assertEqual((done.returncode, done.stdout.decode(), done.stderr),
                          (0, "msmtpd.py %s\n" % msmtpd.__version__, b""))

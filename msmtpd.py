@@ -2196,12 +2196,10 @@ class _Service(_Slots):
 
         A `deliver` that still runs `patience` seconds after `grace` is left behind.
         """
-        if os.getpid() == self._pid:
+        if os.getpid() == self._pid:        # no fork, whose parent has the threads and serves on
             super().stop(grace, patience)
             with contextlib.suppress(OSError):
                 self._stop_told.shutdown(_SHUT_RDWR)
-        else:       # a fork, whose parent has the threads and serves on
-            self.stopping = True
 
     def join(self) -> bool:
         """Stop listening and wait for the threads, as long as `stop` allows.

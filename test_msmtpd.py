@@ -997,15 +997,24 @@ class Limits(WireCase):
                          ["421 4.4.2"] * len(cases))
         self.assertEqual(self.mails, [])
 
-    def test_clients_that_do_not_read(self):
-        self.limit(TURN=0.05)
-        with self.assertLogs("msmtpd") as logs, \
-                Packets(self.serve_packets(timeout=0.12)) as client:
+    def test_clients_that_do_not_read_or_only_late(self):
+        def fill(client):
+            """Send verbs until no more fit, since the server cannot reply; return their number."""
             client.open()
             client.socket.settimeout(0.1)
-            with contextlib.suppress(OSError):
-                while True:
+            for number in itertools.count(step=100):
+                try:
                     client.send(b"HELP\r\n" * 100)
+                except OSError:
+                    client.socket.settimeout(PATIENCE)
+                    return number
+        self.limit(TURN=0.05)
+        with Packets(self.serve_packets()) as late:
+            for _ in range(fill(late)):
+                self.assertEqual(late.reply()[0][:4], "214 ")
+        with self.assertLogs("msmtpd") as logs, \
+                Packets(self.serve_packets(timeout=0.12)) as client:
+            fill(client)
             self.wait_for_log(logs, "was silent")
 
 
@@ -1406,7 +1415,7 @@ class AddressRule(Case):
         "nice ssh host", "cat --rsh=ssh %F", "cat -e 'nice ssh' %F", "xargs cat", "busybox sh",
         "su -c cat", "sudo cat %F", "cat \"$HOME\" %F", "nosuchprogram %F", "cat -f %F%F",
         "exec cat %F", "/bin/bash5.2 %F", "env systemd-run1 cat", "env zsh5-static",
-        "env sudo.ws cat", "env su-exec cat", "cat {a,b} %F", "cat && cat", "! cat")
+        "env sudo.ws cat", "env su-exec cat", "cat {a,b} %F", "cat && cat", "! cat", "cat -f%Fx")
 
     def test_commands_that_take_every_address_and_those_that_take_inert_ones_only(self):
         for text in self.SAFE + self.UNSAFE:

@@ -744,8 +744,8 @@ class _Slots:
         self._ends_at = [0.0] + 3 * [float("inf")]      # when a wait ends, once stopping
 
     def ends(self, kind: int) -> bool:
-        """Whether a wait of this kind has to end now."""
-        return self.stopping and _now() >= self._ends_at[kind]
+        """Whether, once the server stops, a wait of this kind has to end now."""
+        return _now() >= self._ends_at[kind]
 
     def sleep(self, seconds: float) -> None:
         """Sleep, but no longer than until a stop."""

@@ -3174,13 +3174,13 @@ class ChecksOfAddresses(LibraryCase):
         async def never(*arguments):
             raise permanent("never awaited")
         for deliver, check in (None, never), (msmtpd.Command("true"), never), (never, None):
-            with self.assertLogs("msmtpd", "ERROR") as log, warnings.catch_warnings():
-                warnings.simplefilter("ignore")
+            with self.assertLogs("msmtpd", "ERROR") as log, \
+                    warnings.catch_warnings(record=True) as warned:
                 client = self.client(self.serve(deliver, check=check))
                 reply = client.open("MAIL FROM:<a@example.org>")
                 if check is None:
                     reply = client.do("RCPT TO:<b@example.org>", "DATA", "x\r\n.")
-            self.assertEqual(reply, INTERNAL)
+            self.assertEqual((reply, warned), (INTERNAL, []))
             self.assertIn("not async ones", log.output[0])
 
     def test_are_asked_besides_that_of_a_command(self):
@@ -5091,7 +5091,7 @@ class Passwords(PeerCase):
         file = shlex.split(encrypt)[-1].replace("~", self.folder)
         with open(file, "wb") as encrypted:
             encrypted.write(b"no such thing")
-        self.check_no_password(auth + " 2>/dev/null", env=self.home, says="with exit status 2")
+        self.check_no_password(auth + " 2>/dev/null", env=self.home, says="with exit status 2\n")
 
     def test_each_place_is_looked_at_in_its_turn(self):
         """The programs of a key ring are scripts here, and its module a file."""

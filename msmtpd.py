@@ -916,10 +916,11 @@ class _Wire:
         self._waiting = {}
         secured.settimeout(TURN / 5)
         # Not its own, which would go on in plain text, as another thread may still do meanwhile.
-        self._shutdown = functools.partial(socket.socket.shutdown, secured)
+        plain = socket.socket if hasattr(socket.socket, "shutdown") else type(secured)  # gevent's
+        self._shutdown = functools.partial(plain.shutdown, secured)
         now = _now()
         wait = now + min(HANDSHAKE_TIMEOUT, self._timeout), now, _VERB
-        self._in_turns(secured.do_handshake, False, wait)
+        self._in_turns(lambda _: secured.do_handshake(), None, wait)
         return secured.version() or ""
 
     def shut(self, how: int) -> None:
@@ -940,7 +941,7 @@ class _Wire:
             if hasattr(self._connection, "unwrap"):
                 # Say the end of TLS (RFC 8446 6.1), but do not wait for the answer.
                 self._connection.settimeout(0)
-                with contextlib.suppress(OSError):
+                with contextlib.suppress(OSError, ValueError):
                     self._connection.unwrap()
             if linger:
                 self.shut(_SHUT_WR)
@@ -2167,6 +2168,7 @@ class _Service(_Slots):
 
         All of them now: once memory has become short, a start may wait for ever.
         """
+        spare = bytearray(8 << 20)      # for the sessions, where threads take all memory there is
         with self._starting:        # each thread waits until this is done
             for number in range(self._number):
                 try:
@@ -2179,7 +2181,7 @@ class _Service(_Slots):
                         raise
                     # Keep half of the threads: the commands need processes, which are as scarce.
                     self._number = (number + 1) // 2
-                    del self._threads[self._number:]
+                    del self._threads[self._number:], spare
                     self._log.error("no more than %d sessions at a time: %s", self._number,
                                     _why(error))
                     return

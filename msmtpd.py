@@ -249,6 +249,12 @@ class PermanentFailure(_Failure):
     _digit = 5
 
 
+def _refuse(reply: Reply) -> NoReturn:
+    """Raise the failure that says this: whoever overrides a verb is not to take it for success."""
+    kind = TemporaryFailure if reply.code < 500 else PermanentFailure
+    raise kind(reply.lines[0], reply.code, reply.enhanced)
+
+
 class Mail:
     """One mail and its envelope.
 
@@ -291,11 +297,15 @@ class Mail:
         if isinstance(self._file, io.BytesIO):
             import weakref
             file = _temporary_file()
+            try:
+                file.write(self.data)
+                file.flush()
+            except BaseException:
+                _drop(file)     # or else a kept mail would keep each that was tried in vain
+                raise
+            self._file = file
             # Not by __del__: the garbage collector may come to the file first, and warns of it.
             weakref.finalize(self, _drop, file).atexit = False      # then others may still want it
-            file.write(self.data)
-            file.flush()
-            self._file = file
 
     @property
     def file(self) -> BinaryIO:
@@ -523,16 +533,19 @@ def _split_line(line: bytes) -> tuple[str, str]:
 
     Raises PermanentFailure saying what is wrong with its bytes.
     """
+    encoding = "utf-8"
     try:
         text = line.decode()
     except UnicodeDecodeError:
         # Windows names hosts in its code page, and such a client would never get beyond its EHLO.
         if line[:5].upper().rstrip() not in (b"EHLO", b"HELO"):
             raise PermanentFailure("Not UTF-8", 500, "5.5.2") from None
-        text = line.decode("latin-1")
+        encoding = "latin-1"
+        text = line.decode(encoding)
     if not text.isprintable() and re.search("[\x00-\x08\x0a-\x1f\x7f]", text):
         raise PermanentFailure("Control character", 500, "5.5.2")
-    words = text.split(None, 1) + ["", ""]
+    # As bytes: in text, other characters of Unicode are blanks, too.
+    words = [word.decode(encoding) for word in line.strip(b" \t").split(None, 1)] + ["", ""]
     return (words[0].upper() if words[0].isascii() else ""), words[1]
 
 
@@ -1003,9 +1016,9 @@ class Session:
     """One client's dialogue, made by a Server. To change what a verb does, override its method.
 
     A method takes the verb's argument, a str without outer white space, and returns a Reply, or
-    None for no reply but those that it has sent itself; it may raise either failure. 221 and 421
-    end the session, and so does any other exception; what the methods of this class return or
-    raise to refuse is to be let through. A further verb needs a method and an entry in VERBS.
+    None for no reply but those that it has sent itself; it may raise either failure, as the
+    methods of this class do to refuse: that is to be let through. 221 and 421 end the session, and
+    so does any other exception. A further verb needs a method and an entry in VERBS.
 
     >>> import msmtpd, smtplib
     >>> class Grumpy(msmtpd.Session):
@@ -1140,13 +1153,14 @@ class Session:
             line = self.read_line()
             if b" HTTP/" in line:       # any verb may be the method of a request
                 _refuse_http(line)
-            verb, argument = _split_line(line.rstrip(b" \t\r\n"))
+            verb, argument = _split_line(line.rstrip(b"\n").rstrip(b"\r"))
             if len(line) > (MAX_AUTH_LINE if verb == "AUTH" else MAX_LINE):
                 raise PermanentFailure("Line too long", 500, "5.5.2")
             if self._log.debugging:
                 # A client whose AUTH was refused may send the password all the same, as a verb.
-                is_shown = verb in self.VERBS and verb != "AUTH"
-                self._log.debug("C: %s", _shown(verb + " " + argument) if is_shown else "(hidden)")
+                # What a verb that a subclass adds says, this class cannot know.
+                said = verb + " " + argument if verb in _OPEN_VERBS else verb
+                self._log.debug("C: %s", _shown(said) if verb in self.VERBS else "(hidden)")
             method = self._require(self.VERBS.get(verb), "Unknown command", 500)
             reply = getattr(self, method)(argument)
             if verb in _PROTOCOLS and (reply is None or reply.code == 250):
@@ -1207,12 +1221,10 @@ class Session:
             raise PermanentFailure("Authentication required" + first, 530, "5.7.0")
         sender, parameters = _parse_envelope(argument, "FROM")
         if 0 < self._settings.max_size < int(parameters.get("SIZE", "SIZE=0")[5:]):
-            return self._too_big()
+            _refuse(self._too_big())
         mail = Mail(sender, peer=self.peer, helo=self.helo, user=self.user, tls=self.tls,
                     mail_options=list(parameters.values()))
-        refusal = self._ask_checks(sender, mail, "1.7")
-        if refusal:
-            return refusal
+        self._ask_checks(sender, mail, "1.7")
         self.mail, self._room = mail, min(MAX_RECIPIENT_BYTES, self._settings.room)
         return Reply(250, "2.1.0", "Sender accepted")
 
@@ -1224,10 +1236,11 @@ class Session:
         if len(mail.recipients) >= MAX_RECIPIENTS or size > self._room:
             raise TemporaryFailure("Too many recipients; send the rest separately", 452, "4.5.3")
         mail.recipients.append(recipient)       # by which `check` tells it from the sender
-        refusal = self._ask_checks(recipient, mail, "1.3")
-        if refusal:
+        try:
+            self._ask_checks(recipient, mail, "1.3")
+        except _Failure:
             mail.recipients.pop()
-            return refusal
+            raise
         mail.rcpt_options += parameters.values()
         self._room -= size
         return Reply(250, "2.1.5", "Recipient accepted")
@@ -1307,19 +1320,18 @@ class Session:
     def _too_big(self) -> Reply:
         return Reply(552, "5.3.4", "Mail exceeds %d bytes" % self._settings.max_size)
 
-    def _ask_checks(self, address: str, mail: Mail, detail: str) -> Reply | None:
-        """The reply that refuses an address, for want of SMTPUTF8 or by `check`; else None."""
+    def _ask_checks(self, address: str, mail: Mail, detail: str) -> None:
+        """Refuse an address for want of SMTPUTF8, or as `check` says."""
         if not (address.isascii() or mail.smtputf8):
-            return Reply(553, "5.6.7", "Address needs SMTPUTF8")
+            raise PermanentFailure("Address needs SMTPUTF8", 553, "5.6.7")
         try:
             for check in self._settings.checks:
                 _understand_result(check(address, mail))
-            return None
         except _Failure as failure:
-            return failure._reply(self._log.info, "Address refused", (553, detail))
+            _refuse(failure._reply(self._log.info, "Address refused", (553, detail)))
         except BaseException:
             self._log.error("check raised", exc_info=True)
-            return Reply(451, "4.3.0", "Internal error")
+            _refuse(Reply(451, "4.3.0", "Internal error"))
 
     def _start_tls(self) -> None:
         """Begin the session afresh within TLS: RFC 3207 4.2."""
@@ -1374,7 +1386,7 @@ class Session:
         if reply.code >= 500:
             self._log.info("authentication failed%s", self._client_field)
             self._errors += 1
-        return reply
+        _refuse(reply)
 
     # Mail data
 
@@ -1455,6 +1467,7 @@ class Session:
                        self._client_field, user)
 
 
+_OPEN_VERBS = frozenset(Session.VERBS) - {"AUTH", "STARTTLS"}      # that hold no secret
 _PROTOCOLS = {"EHLO": "ESMTP", "HELO": "SMTP"}      # by the greeting: RFC 3848
 
 
@@ -2168,7 +2181,7 @@ class _Service(_Slots):
 
         All of them now: once memory has become short, a start may wait for ever.
         """
-        spare = bytearray(8 << 20)      # for the sessions, where threads take all memory there is
+        spare = bytes(8 << 20)      # for sessions, where threads take all memory; costs none unused
         with self._starting:        # each thread waits until this is done
             for number in range(self._number):
                 try:
@@ -2198,10 +2211,12 @@ class _Service(_Slots):
 
         A `deliver` that still runs `patience` seconds after `grace` is left behind.
         """
-        if os.getpid() == self._pid:        # no fork, whose parent has the threads and serves on
+        if os.getpid() == self._pid:
             super().stop(grace, patience)
             with contextlib.suppress(OSError):
                 self._stop_told.shutdown(_SHUT_RDWR)
+        else:       # a fork, whose parent has the threads and serves on
+            self.stopping = True
 
     def join(self) -> bool:
         """Stop listening and wait for the threads, as long as `stop` allows.
@@ -2424,8 +2439,10 @@ def _read_options(words: Sequence[str]) -> tuple[argparse.Namespace, str]:
         return options, "unknown argument %s%s; see --help" % (unknown[0], hint)
     if not options.tls_cert_file and (options.tls_key_file or options.tls_starttls == "off"):
         return options, "TLS needs --tls-cert-file, too; see --help"
-    if len(dict(options.auth)) < len(options.auth):
-        return options, "--auth names a user twice: " + ", ".join(dict(options.auth))
+    users = [user for user, _ in options.auth]
+    twice = [user for user in users if users.count(user) > 1]
+    if twice:
+        return options, "--auth names a user twice: " + twice[0]
     return options, ""
 
 
@@ -2523,9 +2540,11 @@ def _open_log(options: argparse.Namespace, stderr: _Outlet | None) -> _Log:
         logging.addLevelName(level, "info" if level <= logging.INFO else "error")
     logging.raiseExceptions = False     # a log that fails must not fill standard error
     origin = "" if target == "syslog" else "%(asctime)s msmtpd[%(process)d] "
-    logging.basicConfig(handlers=[_log_handler(target)], force=True, datefmt="%Y-%m-%d %H:%M:%S",
-                        format=origin + "%(levelname)s: %(message)s")
-    logger = logging.getLogger("msmtpd")
+    handler = _log_handler(target)
+    handler.setFormatter(logging.Formatter(origin + "%(levelname)s: %(message)s",
+                                           "%Y-%m-%d %H:%M:%S"))
+    logger = logging.getLogger("msmtpd")    # not the root's, which is others', too
+    logger.handlers[:], logger.propagate = [handler], False
     logger.setLevel(logging.DEBUG if options.debug else logging.INFO)
     return _Log(logger, None if target == "-" else stderr)
 
@@ -2665,7 +2684,8 @@ def _tls_context(options: argparse.Namespace) -> ssl.SSLContext:
         raise _StartError("cannot use the certificate in %s with the key in %s: %s" % (
             certificate, key, re.sub(r" \(_ssl\.c.*", "", str(error)))) from None
     except OSError as error:
-        raise _StartError("cannot read %s: %s" % (error.filename, error.strerror)) from None
+        raise _StartError("cannot read %s: %s" % (
+            error.filename or "%s or %s" % (certificate, key), error.strerror)) from None
     return context
 
 

@@ -786,6 +786,7 @@ class Dialogues(WireCase):
         mails = self.check_dialogue(dialogue("""
             HELO\\tx -> 250 localhost
             \\tNOOP\\t -> 250 2.0.0
+            NOOP\\xc2\\xa0x -> 500 5.5.1
             \\x20\\thelp\\r -> 214 2.0.0
             MAIL FROM:<a@b.example>\\t -> 250
             RSET\\t\\r -> 250
@@ -1702,7 +1703,6 @@ class Delivery(CommandCase):
     @unittest.skipUnless(os.geteuid() == 0, "not root")
     @unittest.skipUnless(shutil.which("setpriv"), "no setpriv")
     def test_one_that_cannot_be_ended_holds_nothing_up(self):
-        """Such as one that runs as another user."""
         self.limit(KILL_DELAY=0.02, MAX_UNENDED=1)
         command = msmtpd.Command(self.script("other", (
             "#!/bin/sh\ntest \"$(cat)\" = x || exit 0\nexec setpriv --reuid=65533 --clear-groups "
@@ -3217,7 +3217,6 @@ class AuthenticatingByAFunction(LibraryCase):
         return client.do("AUTH PLAIN " + encoded("\0%s\0%s" % (user, password)))
 
     def test_its_answer_decides_and_what_it_raises_is_answered_by_454(self):
-        """And the password is not logged."""
         self.limit(AUTH_DELAY=0)
         yes, no, failed = ("235 2.7.0 Authenticated", "250"), (
             "535 5.7.8 Wrong user name or password", "530"), (
@@ -3320,7 +3319,6 @@ class TLSByAContext(LibraryCase):
                          [("", True), ("", True), ("220 2.0.0 Go ahead\r\n", True)])
 
     def test_its_end_is_told_also_to_one_who_talks_on(self):
-        """A client within TLS knows a cut from an end."""
         for sent, last in (b"QUIT\r\n", b"221 2.0.0"), (b"FROB\r\n" * 10, b"421 4.7.0"):
             client = self.client(self.serve(tls=self.context()))
             client.open("STARTTLS")
@@ -3361,7 +3359,8 @@ class ErrorsOnPurpose(LibraryCase):
             def do_RCPT(self, argument):
                 if "nobody@" in argument:
                     return msmtpd.Reply(550, "5.1.1", "No such user", "here")
-                return super().do_RCPT(argument)
+                super().do_RCPT(argument)       # raises where it refuses
+                return msmtpd.Reply(250, "2.1.5", "Taken")
 
             def do_NOOP(self, argument):
                 return msmtpd.Reply(450, "4.2.1", argument)
@@ -3382,22 +3381,28 @@ class ErrorsOnPurpose(LibraryCase):
 
             do_UNKNOWN = do_NOOP        # not to be found by what a client sent
 
-        server = self.serve(session=Grumpy)
+        def check(address, mail):
+            if "bad@" in address:
+                raise msmtpd.PermanentFailure("no", 550)
+        server = self.serve(session=Grumpy, check=check)
         mail = "MAIL FROM:<a@example.org>"
         for lines, rest in (
                 ([mail, "RCPT TO:<nobody@example.org>"],
                  "550-5.1.1 No such user\r\n550 5.1.1 here\r\n"),
-                ([mail, "RCPT TO:<b@example.org>"], "250 2.1.5 Recipient accepted\r\n"),
+                ([mail, "RCPT TO:<b@example.org>"], "250 2.1.5 Taken\r\n"),
+                ([mail, "RCPT TO:<bad@example.org>"], "550 5.0.0 no\r\n"),
                 (["NOOP spoken  loud "], "450 4.2.1 spoken  loud\r\n"),
                 (["xloud abc"], "250 ABC\r\n"), (["UNKNOWN"], "500 5.5.1 Unknown command\r\n"),
                 (["RSET"], "421 4.3.2 Lunch\r\n"),
                 (["HELP"], "421 4.3.0 Internal error\r\n"),
-                ([mail, "RCPT TO:<b@example.org>", "DATA", "x\r\n."], "250 number 8\r\n")):
-            with self.subTest(lines=lines), self.assertLogs("msmtpd"), Client(server) as client:
+                ([mail, "RCPT TO:<b@example.org>", "DATA", "x\r\n."], "250 number 9\r\n")):
+            with self.subTest(lines=lines), self.assertLogs("msmtpd", "DEBUG") as log, \
+                    Client(server) as client:
                 client.open(*lines[:-1])
                 client.send(lines[-1] + "\r\n")
                 client.socket.shutdown(socket.SHUT_WR)
                 self.assertEqual(client.rest() or "", rest)
+            self.assertNotIn("abc", "".join(log.output))    # what it says may be a secret
         self.assertEqual(len(self.mails), 1)
 
     def test_by_another_name_and_other_extensions(self):
@@ -4039,7 +4044,6 @@ class Log(HostCase):
         self.assertEqual(self.stop(daemon), (0, ""))
 
     def test_on_standard_error(self):
-        """Also what a command says where there is no log."""
         for option in "--log=-", "--debug":
             daemon = self.start_without_log(option, "--command=nosuchprogram %F \udcff")
             with Client(daemon) as client:
@@ -4117,7 +4121,6 @@ class Log(HostCase):
         self.assertRegex(errors, r"\Amsmtpd: cannot open the log /dev/stdout: .*--log=-.*\n\Z")
 
     def test_syslog(self):
-        """Facility mail, two levels, each line a message."""
         path = os.path.join(self.folder, "syslog")
         script = self.script("fail", "#!/bin/sh\necho broken >&2; echo more >&2; exit 1\n")
         words = self.in_namespace(
@@ -4346,7 +4349,6 @@ class Inetd(HostCase):
         self.assertEqual(process.wait(PATIENCE), 1)
 
     def test_a_socket_that_listens(self):
-        """As that of inetd.conf with wait in place of nowait."""
         with socket.create_server(("127.0.0.1", 0)) as listener:
             process = self.popen("--inetd", "--command=true", "--timeout=0.1", "--log=" + self.log,
                                  stdin=listener, stdout=listener, stderr=subprocess.PIPE)
@@ -4396,7 +4398,6 @@ class Hosts(HostCase):
         self.assertEqual((arguments, data[:20]), (["--", "c@d"], b"Received: from x\n\tby"))
 
     def test_closed_descriptors(self):
-        """The password command can write to standard error all the same."""
         def run(closed):
             return self.run_words(
                 "sh", "-c", 'exec "$@" ' + closed, "sh", *python(), "--inetd", "--command=true",
@@ -4404,7 +4405,6 @@ class Hosts(HostCase):
         self.assertEqual(at_once(run, ("2>&-", "<&- >&- 2>&-")), [0, 0])
 
     def test_no_descriptor_is_free(self):
-        """Or but one, with which not even the log can be opened."""
         def run(limit):
             limited = "import resource; resource.setrlimit(resource.RLIMIT_NOFILE, (%d, %d)); "
             return self.run_words(*python(behind=limited % (limit, limit)), "--inetd",

@@ -528,25 +528,28 @@ _HTTP_METHODS = frozenset(
     b"CONNECT DELETE GET HEAD OPTIONS PATCH POST PRI PROPFIND PUT TRACE".split())
 
 
+@functools.lru_cache(maxsize=64)
 def _split_line(line: bytes) -> tuple[str, str]:
     """Split a client's line, without its end, into its verb in upper case and its argument.
 
     Raises PermanentFailure saying what is wrong with its bytes.
     """
-    encoding = "utf-8"
     try:
         text = line.decode()
     except UnicodeDecodeError:
         # Windows names hosts in its code page, and such a client would never get beyond its EHLO.
         if line[:5].upper().rstrip() not in (b"EHLO", b"HELO"):
             raise PermanentFailure("Not UTF-8", 500, "5.5.2") from None
-        encoding = "latin-1"
-        text = line.decode(encoding)
+        text = line.decode("latin-1")
     if not text.isprintable() and re.search("[\x00-\x08\x0a-\x1f\x7f]", text):
         raise PermanentFailure("Control character", 500, "5.5.2")
-    # As bytes: in text, other characters of Unicode are blanks, too.
-    words = [word.decode(encoding) for word in line.strip(b" \t").split(None, 1)] + ["", ""]
-    return (words[0].upper() if words[0].isascii() else ""), words[1]
+    text = text.strip(" \t")
+    if text.isascii():      # or else split() would take other characters for blanks, too
+        words = text.split(None, 1)
+    else:
+        words = re.split("[ \t]+", text, maxsplit=1)
+    verb, argument = (*words, "", "")[:2]
+    return (verb.upper() if verb.isascii() else ""), argument
 
 
 @functools.lru_cache(maxsize=64)
@@ -872,6 +875,7 @@ class _Wire:
             if size:
                 self.input = data[size:]
                 return data[:size]
+            self._look_around(wait)
             data += self._pull(wait)
 
     def read_piece(self, start: float, received: int) -> bytes:
@@ -882,7 +886,10 @@ class _Wire:
         now = _now()
         deadline = self._timeout + min(now, start + received / MIN_RATE)
         piece, self.input = self.input, b""
-        return piece or self._pull((deadline, now, _DATA))
+        if not piece:
+            self._look_around((deadline, now, _DATA))
+            piece = self._pull((deadline, now, _DATA))
+        return piece
 
     def write(self, data: bytes) -> None:
         """Send `data`, at the latest before the next wait for the client."""
@@ -961,6 +968,7 @@ class _Wire:
                 self._connection.settimeout(0.1)
                 deadline = _now() + (1.0 if self.slots.free else 0.1)   # if others wait for it
                 while True:
+                    self._look_around((deadline, deadline, _VERB))
                     self._pull((deadline, deadline, _VERB))
         except (_Ended, OSError):
             pass
@@ -969,10 +977,12 @@ class _Wire:
 
     def _pull(self, wait: Wait) -> bytes:
         """Return the client's next bytes, after sending it what is gathered."""
-        self.flush()
+        if self._output:
+            self.flush()
         self._waiting[self] = wait
         try:
-            self._look_around(wait)
+            if self.slots.stopping:
+                self._look_around(wait)
             data: bytes = self._in_turns(self._connection.recv, _CHUNK, wait)
         except OSError:
             data = b""
@@ -1153,7 +1163,9 @@ class Session:
             line = self.read_line()
             if b" HTTP/" in line:       # any verb may be the method of a request
                 _refuse_http(line)
-            verb, argument = _split_line(line.rstrip(b"\n").rstrip(b"\r"))
+            # Other lines may hold a secret, which no cache is to keep.
+            split = _split_line if line[:4].upper() in _USUAL_VERBS else _split_line.__wrapped__
+            verb, argument = split(line.rstrip(b"\n").rstrip(b"\r"))
             if len(line) > (MAX_AUTH_LINE if verb == "AUTH" else MAX_LINE):
                 raise PermanentFailure("Line too long", 500, "5.5.2")
             if self._log.debugging:
@@ -1467,6 +1479,7 @@ class Session:
                        self._client_field, user)
 
 
+_USUAL_VERBS = frozenset((b"MAIL", b"RCPT", b"DATA", b"RSET"))
 _OPEN_VERBS = frozenset(Session.VERBS) - {"AUTH", "STARTTLS"}      # that hold no secret
 _PROTOCOLS = {"EHLO": "ESMTP", "HELO": "SMTP"}      # by the greeting: RFC 3848
 

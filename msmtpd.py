@@ -73,7 +73,7 @@ if TYPE_CHECKING:
     import socket
     import ssl
     from collections.abc import Callable, Iterable, Iterator, Sequence
-    from typing import Any, BinaryIO, ContextManager, NoReturn, TypeVar, Union
+    from typing import Any, BinaryIO, NoReturn, TypeVar, Union
 
     T = TypeVar("T")
     Deliver = Callable[["Mail"], Union[str, None]]      # not object: that would hide an async one
@@ -288,9 +288,10 @@ class Mail:
         """Append `data`. Raises OSError if the disk is full, MemoryError if memory is."""
         if self.size + len(data) > MAX_MEMORY:
             self._ensure_descriptor()
-        self._file.write(data)
-        self._file.flush()      # now, while an error is still noticed
         self.size += len(data)
+        write = getattr(self._file, "raw", self._file).write    # now, while errors are noticed
+        while data:
+            data = data[write(data):]
 
     def _ensure_descriptor(self) -> None:
         """Move the data, unless it is there, to where it has a descriptor. Raises OSError."""
@@ -632,6 +633,9 @@ def _decode_text(raw: bytes) -> str:
 
 # ---- Mail data --------------------------------------------------------------------------------
 
+_DOT, _CR = b".\r"      # numbers: looking for bytes in bytes costs an exception, caught by Python
+
+
 class _MailData:
     """Finds the end of mail data in pieces cut anywhere, and turns it into lines that end in LF.
 
@@ -670,7 +674,7 @@ class _MailData:
         Mostly that is all of `data`, and then no byte is copied.
         """
         self._tail = b""
-        if b"." in data:        # one byte is found ten times as fast as a string
+        if _DOT in data:        # one byte is found ten times as fast as a string
             found = [(data.find(end), end) for end in self._ends if end in data]
             if found:
                 at, end = min(found)
@@ -695,7 +699,7 @@ class _MailData:
             self._at_line_start = False
             for left in range(held, 0, -_CHUNK):
                 yield b" " * min(left, _CHUNK)
-        if b"\r" in lines:
+        if _CR in lines:
             with_crs, lines = lines, lines.replace(b"\r", b"")
             # By single bytes, which are found fastest: was each CR the one before a LF?
             if lines.replace(b"\n", b"\r\n") != with_crs:
@@ -703,7 +707,7 @@ class _MailData:
                 lines = lines.replace(b"\r", b" ")
         dot = self._at_line_start and lines.startswith(b".")
         self._at_line_start = lines.endswith(b"\n")
-        if b"." in lines:
+        if _DOT in lines:
             lines = lines.replace(b"\n.", b"\n")
         lines = lines[1:] if dot or self._first else lines      # without the dot, or DATA's LF
         self._first = False
@@ -722,12 +726,18 @@ def _received_line(mail: Mail, host: str, greeted: str) -> bytes:
     # ESMTP, whatever the last greeting was.
     extensions = ("S" if mail.tls else "") + ("A" if mail.user is not None else "")
     protocol = "UTF8SMTP" if mail.smtputf8 else "ESMTP" if extensions else greeted
-    now = time.localtime(time.time())       # freezegun's localtime() knows no zone
+    return ("Received: from %s%s\n\tby %s (msmtpd) with %s%s;\n\t%s\n" % (
+        name, origin, host, protocol, extensions, _date(int(time.time()), time.timezone))).encode(
+            "ascii", "replace")
+
+
+@functools.lru_cache(maxsize=1)
+def _date(now: int, zone: int) -> str:
+    """That second, in local time, as RFC 5322 3.3 has it; cached, while `zone` stays the same."""
+    local = time.localtime(now)     # without an argument, freezegun's knows no zone
     # Not by strftime(), whose names follow the locale; email.utils is slow to import.
-    day, month, date, clock, year = time.asctime(now).split()
-    return ("Received: from %s%s\n\tby %s (msmtpd) with %s%s;\n\t%s, %s %s %s %s %s\n" % (
-        name, origin, host, protocol, extensions, day, date, month, year, clock,
-        time.strftime("%z", now))).encode("ascii", "replace")
+    day, month, date, clock, year = time.asctime(local).split()
+    return "%s, %s %s %s %s %s" % (day, date, month, year, clock, time.strftime("%z", local))
 
 
 def _count_hops(file: BinaryIO) -> int:
@@ -827,9 +837,10 @@ def _taking_turns(connection: socket.socket) -> socket.socket:
     if not isinstance(connection, socket.socket):       # eventlet's accept returns the system's
         connection = socket.socket(fileno=connection.detach())
     try:
-        connection.setblocking(True)        # on BSDs, an accepted one is what the listener is
         if not os.get_blocking(connection.fileno()):
-            raise OSError       # which here means: not by the kernel
+            connection.setblocking(True)        # on BSDs, an accepted one is what the listener is
+            if not os.get_blocking(connection.fileno()):
+                raise OSError       # which here means: not by the kernel
         # Shorter turns for who sends, whom a stop cannot wake.
         for option, turn in (socket.SO_RCVTIMEO, TURN), (socket.SO_SNDTIMEO, TURN / 5):
             connection.setsockopt(socket.SOL_SOCKET, option,
@@ -1095,7 +1106,7 @@ class Session:
         except BaseException:
             self._log.error("internal error", exc_info=True)
             reply, reason = Reply(421, "4.3.0", "Internal error"), "internal error"
-        if reply:
+        if reply and self._log.debugging:
             self._log.debug("S: %s", reply._brief())
         self._log.info("closed: %s", reason)
         self._wire.close(bytes(reply) if reply else b"", bool(reply and reply.code != 221))
@@ -1161,7 +1172,7 @@ class Session:
         reply: Reply | None
         try:
             line = self.read_line()
-            if b" HTTP/" in line:       # any verb may be the method of a request
+            if line.find(b" HTTP/") > 0:    # any verb may be the method of a request
                 _refuse_http(line)
             # Other lines may hold a secret, which no cache is to keep.
             split = _split_line if line[:4].upper() in _USUAL_VERBS else _split_line.__wrapped__
@@ -1808,6 +1819,7 @@ class _Run:
         self._pid = pid
         self._stderr: int | None = stderr           # these two are descriptors
         self._pidfd: int | None = None
+        self._pause = _SHORT_PAUSE      # until the next look, where there is no pidfd
         try:        # Linux with Python 3.9 or newer, unless forbidden
             self._pidfd = os.pidfd_open(pid)
         except (AttributeError, OSError, MemoryError):
@@ -1820,6 +1832,8 @@ class _Run:
         signal reaches zombies, too.
         """
         try:
+            if self._pidfd is not None:     # mostly it ends at once, of which this wakes but once
+                self._look([self._pidfd], 0.01)
             self._wait(deadline)
             if not self.ended:
                 self.signal(signal.SIGTERM)
@@ -1838,33 +1852,31 @@ class _Run:
                     _close(descriptor)
 
     def _wait(self, until: float, whole_group: bool = False) -> None:
-        """Wait for its end, or for all who hold its standard error, and take what comes there."""
-        pause = _SHORT_PAUSE        # between looks at a process without a pidfd
-        first = True
-        while not self.ended or whole_group and self._stderr is not None:
+        """Wait for its end, or for all who hold its standard error."""
+        left = 1.0
+        while left > 0 and (not self.ended or whole_group and self._stderr is not None):
             left = until - _now()
             seconds = max(0.0, min(left, 3600.0))
             pidfd = None if self.ended else self._pidfd
-            watched = [fd for fd in (self._stderr, pidfd) if fd is not None]
             if pidfd is None:
-                seconds = min(seconds, pause)
-                pause = min(2 * pause, 0.05)
-            elif first:     # mostly it ends at once; watching both would mean waking up twice
-                watched, seconds, first = [pidfd], 0.01, False
-            try:
-                if not watched:     # as poll(2) knows milliseconds only
-                    time.sleep(seconds)
-                elif self._stderr in _ready(watched, (), seconds):
-                    data = os.read(self._stderr, _CHUNK)
-                    self.errors += data[:MAX_ERROR_OUTPUT - len(self.errors)]
-                    if not data:
-                        _close(self._stderr)
-                        self._stderr, pause = None, _SHORT_PAUSE    # its end is near
-            except (OSError, MemoryError):
-                time.sleep(min(seconds, 0.01))
-            self.reap()
-            if left <= 0:       # what has ended by now was in time
-                break
+                seconds = min(seconds, self._pause)
+                self._pause = min(2 * self._pause, 0.05)
+            self._look([fd for fd in (self._stderr, pidfd) if fd is not None], seconds)
+
+    def _look(self, watched: list[int], seconds: float) -> None:
+        """Wait until one of these is ready; take what standard error holds, and the status."""
+        try:
+            if not watched:     # as poll(2) knows milliseconds only
+                time.sleep(seconds)
+            elif self._stderr in _ready(watched, (), seconds):
+                data = os.read(self._stderr, _CHUNK)
+                self.errors += data[:MAX_ERROR_OUTPUT - len(self.errors)]
+                if not data:
+                    _close(self._stderr)
+                    self._stderr, self._pause = None, _SHORT_PAUSE      # its end is near
+        except (OSError, MemoryError):
+            time.sleep(min(seconds, 0.01))
+        self.reap()
 
     def signal(self, number: int) -> None:
         """Send a signal to the whole process group."""
@@ -1947,7 +1959,7 @@ def _glibc_spawn(environment: list[bytes]) -> Spawn:
     block = ctypes.c_long * 128         # larger than each of glibc's structures
 
     def strings(texts: list[bytes]) -> ctypes.Array[ctypes.c_char_p]:
-        if b"\0" in b"".join(texts):
+        if 0 in b"".join(texts):
             raise ValueError("NUL in an argument")      # it would end there
         return (ctypes.c_char_p * (len(texts) + 1))(*texts, None)
 
@@ -2166,6 +2178,7 @@ class _Service(_Slots):
         self._pid = os.getpid()
         self._threads: list[threading.Thread] = []
         self._starting = threading.Lock()   # held while they are started
+        self._turn = threading.Lock()       # of the one that waits, where there is no epoll
         self._pause = 0.0                   # seconds to wait after the last try, if that failed
         self._turns = itertools.count()     # by which all listeners get theirs, as by epoll(7)
         with contextlib.ExitStack() as opened:
@@ -2185,8 +2198,6 @@ class _Service(_Slots):
                 self._epoll.register(self._stop_seen, select.EPOLLIN)
                 for listener in sockets:
                     self._epoll.register(listener, select.EPOLLIN | select.EPOLLONESHOT)
-            self._accepting: ContextManager[object] = (contextlib.nullcontext() if self._epoll
-                                                       else threading.Lock())
             self._opened = opened.pop_all()
 
     def start(self) -> None:
@@ -2277,16 +2288,16 @@ class _Service(_Slots):
         """Wait, and return a client and its address; None if it is to be called again."""
         ready: list[socket.socket] = []
         try:
-            with self._accepting:
-                if self.stopping:
-                    return None
-                descriptors = ([each for each, _ in self._epoll.poll(None, 1)] if self._epoll
-                               else _ready(self._by_descriptor, (), 3600.0))
-                ready = [self._by_descriptor[each] for each in descriptors]
-                if ready and self._stop_seen not in ready:
-                    accepted = ready[next(self._turns) % len(ready)].accept()
-                    self._pause = 0.0
-                    return accepted
+            if self._epoll:
+                descriptors = [each for each, _ in self._epoll.poll(None, 1)]
+            else:
+                with self._turn:
+                    descriptors = _ready(self._by_descriptor, (), 3600.0)
+            ready = [self._by_descriptor[each] for each in descriptors]
+            if ready and self._stop_seen not in ready:
+                accepted = ready[next(self._turns) % len(ready)].accept()
+                self._pause = 0.0
+                return accepted
         except (BlockingIOError, ConnectionAbortedError):       # the client has left
             pass
         except Exception as error:      # descriptors or memory are short, which passes

@@ -991,7 +991,7 @@ class Limits(WireCase):
                         self.assertLess(time.monotonic(), end, "the server puts up with it")
                 return client.rest()[:9]
         self.limit(TURN=0.03)
-        server = self.serve(timeout=0.15)
+        server = self.serve(timeout=0.2)
         head = ["MAIL FROM:<a@b>", "RCPT TO:<c@d>", "DATA"]
         text = "HELO x\r\n" + "\r\n".join(head) + "\r\n"
         cases = [(silent, begin) for begin in (
@@ -1611,7 +1611,7 @@ class Delivery(CommandCase):
 
     def test_time_limit(self):
         """TERM goes to all that the command started, and KILL to what is left."""
-        self.limit(KILL_DELAY=0.15)
+        self.limit(KILL_DELAY=0.2)
         background = "sleep 60 &\necho $! > %s/%s\n"
         loop = "while :; do sleep 0.05; done\n"
         scripts = {
@@ -1625,7 +1625,7 @@ class Delivery(CommandCase):
                  for name, text in scripts.items()]
         texts[-1] += " && :"        # also where a shell of ours stands before it
         spent = time.process_time()
-        results = at_once(lambda text: self.run_command(text, timeout=0.15), texts)
+        results = at_once(lambda text: self.run_command(text, timeout=0.25), texts)
         self.assertLess(time.process_time() - spent, 0.07, "it spins")
         for text, (failure, outcome) in zip(texts, results):
             with self.subTest(text):
@@ -1710,7 +1710,7 @@ class Delivery(CommandCase):
         self.limit(KILL_DELAY=0.02, MAX_UNENDED=1)
         command = msmtpd.Command(self.script("other", (
             "#!/bin/sh\ntest \"$(cat)\" = x || exit 0\nexec setpriv --reuid=65533 --clear-groups "
-            "sh -c 'echo $$ >&3; exec sleep 60' 3>%s\n") % self.path("pid")), timeout=0.15)
+            "sh -c 'echo $$ >&3; exec sleep 60' 3>%s\n") % self.path("pid")), timeout=0.2)
         mail, other = (msmtpd.Mail("a@b", ["c@d"], data) for data in (b"x\n", b"y\n"))
         with concurrent.futures.ThreadPoolExecutor(1) as pool:
             running = pool.submit(self.assert_fails, command, 451, "4.3.0", mail)
@@ -1993,7 +1993,7 @@ class Authentication(ServerCase):
         self.assertGreaterEqual(min(at_once(fail_for_good, clients)), 0.06)
 
     def test_failures_make_all_answers_late(self):
-        self.limit(AUTH_DELAY=0.12, AUTH_MEMORY=0.27)
+        self.limit(AUTH_DELAY=0.2, AUTH_MEMORY=0.45)
         server = self.serve()
 
         def seconds(answer, *lines):
@@ -2002,15 +2002,15 @@ class Authentication(ServerCase):
                 began = time.monotonic()
                 self.assertEqual(client.do(lines[-1])[:len(answer)], answer)
                 return time.monotonic() - began
-        self.assertLess(seconds("235 ", "AUTH PLAIN " + self.RIGHT), 0.12)
-        self.assertGreaterEqual(seconds("535 ", "AUTH PLAIN " + self.WRONG), 0.12)
-        forgotten = time.monotonic() + 0.15     # at the latest, as it was 0.12 ago
+        self.assertLess(seconds("235 ", "AUTH PLAIN " + self.RIGHT), 0.2)
+        self.assertGreaterEqual(seconds("535 ", "AUTH PLAIN " + self.WRONG), 0.2)
+        forgotten = time.monotonic() + 0.25     # at the latest, as it was 0.2 ago
         late, prompt = at_once(lambda lines: seconds(*lines), (
             ("235 ", "AUTH PLAIN", self.RIGHT), ("334 ", "AUTH LOGIN", encoded("user"))))
-        self.assertGreaterEqual(late, 0.12)
-        self.assertLess(prompt, 0.12)
+        self.assertGreaterEqual(late, 0.2)
+        self.assertLess(prompt, 0.2)
         time.sleep(max(0, forgotten - time.monotonic()))
-        self.assertLess(seconds("235 ", "AUTH PLAIN " + self.RIGHT), 0.12)
+        self.assertLess(seconds("235 ", "AUTH PLAIN " + self.RIGHT), 0.2)
 
     def test_only_the_right_pair(self):
         check = msmtpd.one_user("\u00fcser", "s\u00e9cret")
@@ -2144,7 +2144,7 @@ class Slots(ServerCase):
             self.assertEqual(sender.do(*self.MAIL[2:])[:3], "250")
 
     def test_delay_of_auth_is_not_the_clients(self):
-        self.limit(FULL_TIMEOUT=0.15, TURN=0.05, AUTH_DELAY=0.08)
+        self.limit(FULL_TIMEOUT=0.3, TURN=0.05, AUTH_DELAY=0.2)
         server = self.serve(max_sessions=1, authenticate=msmtpd.one_user("user", "secret"))
         with Client(server) as client, Client(server):
             self.assertEqual(client.open("AUTH PLAIN " + Authentication.WRONG)[:3], "535")
@@ -2215,11 +2215,11 @@ class Slots(ServerCase):
         with Client(self.serve(session=Talker)) as client:
             client.open()
             began = time.monotonic()
-            for _ in range(20):
+            for _ in range(50):
                 client.socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_QUICKACK, 0)
                 self.assertEqual([client.do("NOOP"), *client.reply()],
                                  ["250 2.0.0 Here 0", "250 2.0.0 Here 1"])
-            self.assertLess(time.monotonic() - began, 0.4)
+            self.assertLess(time.monotonic() - began, 1.5)      # late ACKs take 2
 
     @needs_ipv6
     def test_both_families(self):
@@ -2511,13 +2511,13 @@ class StoppingAServer(LibraryCase):
         self.wait_for_stuck()
         with self.assertLogs("msmtpd", "ERROR") as log:
             began, ended = time.monotonic(), []
-            stopping = self.thread(server.stop, 0.15)
+            stopping = self.thread(server.stop, 0.3)
             for client in new, idle, mute:
                 self.assertEqual(client.rest().splitlines()[-1:], ["421 4.3.2 Shutting down"])
                 ended.append(time.monotonic() - began)
             self.join(stopping)
-        self.assertTrue(ended[1] < 0.15 <= ended[2] < 0.5, ended)
-        self.assertTrue(0.4 <= time.monotonic() - began < 1.2)
+        self.assertTrue(ended[1] < 0.3 <= ended[2] < 1, ended)
+        self.assertTrue(0.55 <= time.monotonic() - began < 2)
         self.assertRegex("\n".join(log.output), r"\A.*:left behind: 1 session.*\Z")
         self.assertEqual(self.more_threads(), 1)
         server.start()      # which it does not disturb
@@ -2681,6 +2681,7 @@ class StoppingAServer(LibraryCase):
             for _ in range(25):
                 if chance.random() < 0.3:
                     with contextlib.suppress(OSError), Client(server) as client:
+                        client.socket.settimeout(0.5)   # Linux may forget who comes at a close
                         client.open()
                 with contextlib.suppress(RuntimeError):     # it has been started already
                     chance.choice([server.start, lambda: server.stop(0)])()
@@ -2689,7 +2690,6 @@ class StoppingAServer(LibraryCase):
             while not done.is_set():
                 with contextlib.suppress(RuntimeError):
                     server.serve_forever()
-        self.limit(TURN=0.05)
         descriptors, done = open_descriptors(), threading.Event()
         server = self.serve(max_sessions=4)
         serving = [self.thread(serve) for _ in range(2)]
@@ -3260,10 +3260,10 @@ class AuthenticatingByAFunction(LibraryCase):
                     Client(server) as client:
                 client.open()
                 began = time.monotonic()
-                reply = self.log_in(client), time.monotonic() - began >= 0.12
+                reply = self.log_in(client), time.monotonic() - began >= 0.2
                 self.assertEqual(client.do("MAIL FROM:<a@example.org>")[:9], "530 5.7.0")
                 return reply + (client.do("FROB")[:3],)
-        self.limit(AUTH_DELAY=0.12, MAX_ERRORS=2)
+        self.limit(AUTH_DELAY=0.2, MAX_ERRORS=2)
         table = ((temporary("No directory"), ("454 4.7.0 No directory", False, "500")),
                  (temporary("Not now", 450, "4.7.1"), ("450 4.7.1 Not now", False, "500")),
                  (permanent("Account locked"), ("535 5.7.8 Account locked", True, "421")),
@@ -3341,7 +3341,7 @@ class TLSByAContext(LibraryCase):
                     below.sendall(b"x")
 
     def test_stop_is_quick_within_it_too(self):
-        self.limit(TURN=0.5)
+        self.limit(TURN=1.0)
         server = self.serve(tls=self.context())
         with smtplib.SMTP(server.host, server.port, "client", 20) as client:
             client.starttls(context=trusting())
@@ -3350,7 +3350,7 @@ class TLSByAContext(LibraryCase):
             halfway.open("STARTTLS")            # and then nothing
             began = time.monotonic()
             server.stop()
-            self.assertLess(time.monotonic() - began, 0.45)
+            self.assertLess(time.monotonic() - began, 0.9)
             self.assertEqual(client.getreply()[0], 421)
             client.close()
 
@@ -3583,7 +3583,7 @@ class WhatIsLogged(LibraryCase):
             why = "; mail data has to end in CR LF . CR LF" if told else ""
             own = logging.Logger("test")
             with self.assertLogs(own) as log:
-                with msmtpd.Server(print, timeout=0.15, log=own) as server, \
+                with msmtpd.Server(print, timeout=0.2, log=own) as server, \
                         Client(server) as client:
                     client.data()
                     client.send(data)
@@ -3874,7 +3874,7 @@ class Options(HostCase):
 
     def test_limits(self):
         daemon = self.start("--max-sessions=1", "--delivery-timeout=0.05", "--command=sleep 9; :",
-                            limits={"FULL_TIMEOUT": 0.1, "TURN": 0.02})
+                            limits={"FULL_TIMEOUT": 0.2, "TURN": 0.02})
         with Client(daemon) as client:
             client.data()
             self.assertEqual(client.do("x\r\n.")[:9], "451 4.3.0")
@@ -4077,12 +4077,12 @@ class Log(HostCase):
         with self.pipe() as (errors, fill, read):
             fill()
             daemon = self.start_without_log("--log=-", "--command=true", stderr=errors,
-                                            limits={"LOG_TIMEOUT": 0.06})
+                                            limits={"LOG_TIMEOUT": 0.2})
             began = time.monotonic()
             with smtplib.SMTP(daemon.host, daemon.port, timeout=PATIENCE) as client:
                 for _ in range(20):
                     client.sendmail("a@example.org", "b@example.org", "hi")
-            self.assertLess(time.monotonic() - began, 1)    # 20 lines that wait take 1.2
+            self.assertLess(time.monotonic() - began, 3)    # 20 lines that wait take 4
             read()
             self.send(daemon)
             wait_for(lambda: b"status=sent" in read(), "a line, now that it is read again")
@@ -5306,7 +5306,7 @@ class Encryption(PeerCase):
         for way in "on", "off":     # for --tls-starttls
             self.log = self.path("log-" + way)
             processes[way] = self.serve(*self.tls_files, "--tls-starttls=" + way,
-                                        "--timeout=0.15", "--max-sessions=1")
+                                        "--timeout=0.2", "--max-sessions=1")
         at_once(wait, processes)
 
     def test_files_that_are_not_in_order(self):

@@ -397,7 +397,7 @@ class _Log:
     """Where lines go. A log that fails changes no reply and ends no thread.
 
     logger: None for who wants no log: errors are lines on standard error, the rest is dropped.
-    stderr: where who started the program is told of warnings; None where the log is there, too.
+    stderr: where who started the program is told; None for nobody, as where the log is there, too.
     """
 
     def __init__(self, logger: Logger | None, stderr: _Outlet | None = None,
@@ -436,22 +436,13 @@ class _Log:
                 text += "\n" + traceback.format_exc().rstrip()
             self.tell(text)
 
-    def tell(self, text: str) -> None:
-        """Tell who started the program, on standard error, unless the log is there."""
+    def tell(self, text: str, level: int = 0) -> None:
+        """Tell who started the program, on standard error, and log that at `level`, if not 0."""
+        if level and self._logger is not None:
+            self._put(level, "%s", (text,))
         if self._stderr is not None:
             with contextlib.suppress(OSError):
                 self._stderr.write("msmtpd: %s\n" % text)
-
-    def warn(self, text: str) -> None:
-        """Log, and tell who started the program, what may be wrong."""
-        self.info("warning: %s", text)
-        self.tell("warning: " + text)
-
-    def refuse(self, text: str, inetd: bool) -> None:
-        """Log why the program does not start, and tell who started it, unless that is inetd."""
-        self.error("%s", text)
-        if self._logger is not None and not inetd:
-            self.tell(text)
 
 
 class _Outlet(io.FileIO):
@@ -1608,8 +1599,8 @@ class Command:
             try:
                 os.fstat(number)
             except OSError:
-                raise ValueError("descriptor %d of this process is closed; open %s in its place"
-                                 % (number, os.devnull)) from None
+                raise ValueError("command needs descriptor %d of this process, which is closed; "
+                                 "open %s in its place" % (number, os.devnull)) from None
         self.text = text
         self.warnings: list[str] = []
         self._timeout = DELIVERY_TIMEOUT if timeout is None else timeout
@@ -2370,7 +2361,7 @@ def _listen(hosts: Sequence[str], wanted: int, tries: int = 8) -> list[socket.so
 def _standard_streams() -> tuple[Connection, Peer]:
     """The client on standard input and output, as inetd has it. Raises _StartError, OSError."""
     import stat
-    if not stat.S_ISSOCK(os.fstat(0).st_mode):
+    if not (stat.S_ISSOCK(os.fstat(0).st_mode) and os.path.sameopenfile(0, 1)):
         return _Descriptors(0, 1), Peer()
     import socket
     connection = socket.socket(fileno=os.dup(0))
@@ -2380,9 +2371,6 @@ def _standard_streams() -> tuple[Connection, Peer]:
     peer = Peer()
     with contextlib.suppress(OSError):      # it has left
         peer = _peer_of(connection.getpeername())
-    if not os.path.sameopenfile(0, 1):
-        connection.close()
-        return _Descriptors(0, 1), peer
     return _taking_turns(connection), peer
 
 
@@ -2403,21 +2391,22 @@ def main(argv: Sequence[str] | None = None) -> int:
     stderr = None
     with contextlib.suppress(OSError):      # it is closed
         stderr = _Outlet(2, "w", closefd=False)
+    with contextlib.suppress(OSError):      # no null device: who needs one will say so
+        _put_in_order(inetd)
     log = _Log(None, stderr)
     try:
+        import argparse
+        options = argparse.Namespace(inetd=inetd, log="none", debug=False)
         try:
-            _put_in_order(inetd)
-        finally:        # whatever is wrong, the log may have been named before that
-            options, mistake = _read_options(words)
+            _read_options(words, options)
+        finally:        # the log may have been named before the mistake
             log = _open_log(options, stderr)
-        if mistake:
-            raise _StartError(mistake)
         return (_run_inetd if inetd else _run_daemon)(options, log)
     except (_StartError, OSError, ImportError, KeyboardInterrupt) as error:
-        log.refuse(" ".join(str(error).split()) or "interrupted before the start", inetd)
+        log.tell(" ".join(str(error).split()) or "interrupted before the start", _ERROR)
     except Exception as error:
         log.error("internal error", exc_info=True)
-        log.refuse("internal error: " + _why(error), inetd)
+        log.tell("internal error: " + _why(error), _ERROR)
     if inetd:
         with contextlib.suppress(OSError):      # the client may have left
             os.write(1, b"421 4.3.0 Cannot start; the log, if there is one, says why\r\n")
@@ -2425,7 +2414,12 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _put_in_order(inetd: bool) -> None:
-    """Mend what commands inherit: descriptors 0 to 2, PATH, signals."""
+    """Mend what commands inherit: PATH, signals, descriptors 0 to 2. Raises OSError."""
+    os.environ.setdefault("PATH", "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin")
+    if os.name == "posix":
+        signal.pthread_sigmask(signal.SIG_SETMASK, ())
+        if signal.getsignal(signal.SIGCHLD) is signal.SIG_IGN:      # exit statuses would be lost
+            signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     for descriptor in range(3):
         try:
             os.fstat(descriptor)
@@ -2434,24 +2428,18 @@ def _put_in_order(inetd: bool) -> None:
                 os.fstat(2)
         except OSError:         # closed, so the next file opened would take its place
             os.set_inheritable(os.open(os.devnull, os.O_RDWR), True)
-    os.environ.setdefault("PATH", "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin")
-    if os.name == "posix":
-        signal.pthread_sigmask(signal.SIG_SETMASK, ())
-        if signal.getsignal(signal.SIGCHLD) is signal.SIG_IGN:      # exit statuses would be lost
-            signal.signal(signal.SIGCHLD, signal.SIG_DFL)
 
 
-def _read_options(words: Sequence[str]) -> tuple[argparse.Namespace, str]:
-    """The options that `words` name, and what is wrong with them, "" if nothing is."""
-    import argparse
-    parser, options = _parser(), argparse.Namespace()
+def _read_options(words: Sequence[str], options: argparse.Namespace) -> None:
+    """Read `words` into `options`. Raises _StartError for a mistake, with all before it read."""
+    parser = _parser()
     try:
         _, unknown = parser.parse_known_args(words, options)
-    except _StartError as error:    # maybe before argparse has set what stands before the mistake
+    except _StartError:     # maybe before argparse has set anything
         for end in range(len(words)):
             with contextlib.suppress(_StartError):
                 parser.parse_known_args(words[:end], options)
-        return options, str(error)
+        raise
     if unknown:
         known = ["--" + name.replace("_", "-") for name in vars(options)]
         near: list[str] = []
@@ -2460,14 +2448,15 @@ def _read_options(words: Sequence[str]) -> tuple[argparse.Namespace, str]:
             near = difflib.get_close_matches(unknown[0].partition("=")[0], known, 1, 0.5)
         hint = ("; did you mean %s?" % near[0] if near else
                 "; options begin with --, and a value with spaces needs quotes")
-        return options, "unknown argument %s%s; see --help" % (unknown[0], hint)
+        parser.error("unknown argument %s%s" % (unknown[0], hint))
+    for name, value in vars(options).items():
+        if "" in (value if isinstance(value, list) else [value]):
+            parser.error("--%s needs a value" % name.replace("_", "-"))
     if not options.tls_cert_file and (options.tls_key_file or options.tls_starttls == "off"):
-        return options, "TLS needs --tls-cert-file, too; see --help"
+        parser.error("TLS needs --tls-cert-file, too")
     users = [user for user, _ in options.auth]
-    twice = [user for user in users if users.count(user) > 1]
-    if twice:
-        return options, "--auth names a user twice: " + twice[0]
-    return options, ""
+    if len(set(users)) < len(users):
+        parser.error("--auth names a user twice: " + ", ".join(users))
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -2494,24 +2483,24 @@ def _parser() -> argparse.ArgumentParser:
 def _add_options(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument_group("service").add_argument
     add("--inetd", action="store_true", help="serve one client on standard input and output")
-    add("--interface", metavar="IP", action="append", type=_text, default=[],
+    add("--interface", metavar="IP", action="append", default=[],
         help="listen on this address (127.0.0.1), repeatable")
     add("--port", metavar="NUMBER", type=int, default=25,
         help="listen on this port (%(default)s), 0 for a free one")
-    add("--command", metavar="CMD", type=_text, default="msmtp -f %F --",
+    add("--command", metavar="CMD", default="msmtp -f %F --",
         help="pipe mails to this (msmtp -f %%F --)")
     add("--received", choices=("on", "off"), default="on",
         help="begin mails with a Received line (on)")
     add = parser.add_argument_group("log").add_argument
-    add("--log", metavar="none|syslog|FILE", type=_text, default="none",
+    add("--log", metavar="none|syslog|FILE", default="none",
         help="log to this (%(default)s), - is standard error")
     add("--debug", action="store_true", help="log the dialogues, without secrets")
     add = parser.add_argument_group("security").add_argument
     add("--auth", metavar="USER[,CMD]", action="append", type=_auth, default=[],
         help="let only this user send, repeatable; the password is what CMD prints, or in the key "
         "ring, or asked for")
-    add("--tls-cert-file", metavar="FILE", type=_text, help="offer TLS with this certificate")
-    add("--tls-key-file", metavar="FILE", type=_text, help="its key, if not in the same file")
+    add("--tls-cert-file", metavar="FILE", help="offer TLS with this certificate")
+    add("--tls-key-file", metavar="FILE", help="its key, if not in the same file")
     add("--tls-starttls", choices=("on", "off"), default="on",
         help="TLS by STARTTLS (on), or from the first byte")
     add = parser.add_argument_group("limits").add_argument
@@ -2529,35 +2518,24 @@ def _add_options(parser: argparse.ArgumentParser) -> None:
         help="print the version")
 
 
-def _mistake(text: str) -> Exception:
-    import argparse
-    return argparse.ArgumentTypeError(text)
-
-
-def _text(value: str) -> str:
-    if not value:
-        raise _mistake("needs a value")
-    return value
-
-
 def _auth(value: str) -> tuple[str, str]:
     user, comma, command = value.partition(",")
     if not user or comma and not command:
-        raise _mistake("write USER, or USER,COMMAND")
+        raise _StartError("write --auth=USER, or --auth=USER,COMMAND; see --help")
     return user, command
 
 
 def _size(value: str) -> int:
     match = re.fullmatch(r"([0-9]{1,15})([KMG]?)", value.upper())
     if not match:
-        raise _mistake("%r is not a size, such as 500K, 64M or 0" % value)
+        raise _StartError("write --max-size=64M, 500K or 0, for none, not %r; see --help" % value)
     return int(match.group(1)) << 10 * " KMG".index(match.group(2) or " ")
 
 
 def _open_log(options: argparse.Namespace, stderr: _Outlet | None) -> _Log:
     """The log that the options name. Raises _StartError where it cannot be opened."""
     target = "-" if options.debug and options.log == "none" else options.log
-    if target == "none":
+    if target in ("none", ""):      # the latter is a mistake, which is told later
         return _Log(None, stderr)
     import logging
     for level in range(logging.DEBUG, logging.CRITICAL + 1, 10):
@@ -2570,7 +2548,7 @@ def _open_log(options: argparse.Namespace, stderr: _Outlet | None) -> _Log:
     logger = logging.getLogger("msmtpd")    # not the root's, which is others', too
     logger.handlers[:], logger.propagate = [handler], False
     logger.setLevel(logging.DEBUG if options.debug else logging.INFO)
-    return _Log(logger, None if target == "-" else stderr)
+    return _Log(logger, None if target == "-" or options.inetd else stderr)
 
 
 def _log_handler(target: str) -> logging.Handler:
@@ -2609,7 +2587,10 @@ def _log_handler(target: str) -> logging.Handler:
 def _find_password(user: str, command: str, inetd: bool) -> str:
     """The password of --auth, looked up once. Raises _StartError saying what was tried."""
     tried = []
-    for password, why_not in _look_up(user, command, inetd):
+    for output, why_not in _look_up(user, command, inetd):
+        password = _decode_text(output.split(b"\n")[0].rstrip(b"\r"))
+        if "\0" in password:
+            raise _StartError("the password of --auth holds a NUL, which no client can send")
         if password:
             return password
         tried.append(why_not)
@@ -2619,65 +2600,57 @@ def _find_password(user: str, command: str, inetd: bool) -> str:
     raise _StartError("no password for %s: %s%s" % (user, ", ".join(tried), hint))
 
 
-def _look_up(user: str, command: str, inetd: bool) -> Iterator[tuple[str, str]]:
-    """Look in one place after the other; yield the password, or "" and why it is not there."""
+def _look_up(user: str, command: str, inetd: bool) -> Iterator[tuple[bytes, str]]:
+    """Look in one place after the other; yield what it says, and why that may be no password."""
     if command:
         import subprocess
         done = subprocess.run(command, shell=True, stdout=subprocess.PIPE, check=False,
                               stdin=subprocess.DEVNULL if inetd else None)
         failure = "failed, with exit status %d" % done.returncode if done.returncode else ""
-        yield ("" if failure else _first_line(done.stdout),
+        yield (b"" if failure else done.stdout,
                "the password command of --auth " + (failure or "printed no password"))
         return
     yield _run_lookup("secret-tool", "lookup", "host", "localhost", "service", "smtp",
                       "user", user)
     try:
         import keyring  # type: ignore[import-not-found, unused-ignore]
-        yield keyring.get_password("smtp://localhost", user) or "", "keyring: no such entry"
+        password = keyring.get_password("smtp://localhost", user) or ""
+        yield password.encode(), "keyring: no such entry"
     except ImportError:
-        yield "", "no Python package keyring"
+        yield b"", "no Python package keyring"
     except Exception as error:      # each of its back ends raises its own
-        yield "", "keyring: %s" % _shown(_why(error))
+        yield b"", "keyring: %s" % _shown(_why(error))
     if sys.platform == "darwin":
         yield _run_lookup("security", "find-internet-password", "-s", "localhost", "-r", "smtp",
                           "-a", user, "-w")
-    yield ("", "no prompt under inetd") if inetd else _ask_terminal(user)
+    yield (b"", "no prompt under inetd") if inetd else _ask_terminal(user)
 
 
-def _first_line(output: bytes) -> str:
-    """The first line without its end. Raises _StartError where it can be no password."""
-    line = output.split(b"\n")[0].rstrip(b"\r")
-    if b"\0" in line:
-        raise _StartError("the password of --auth holds a NUL, which no client can send")
-    return _decode_text(line)
-
-
-def _run_lookup(*arguments: str) -> tuple[str, str]:
-    """The first line that a look-up program prints, or why there is none."""
+def _run_lookup(*arguments: str) -> tuple[bytes, str]:
+    """What a look-up program prints, or why that is nothing."""
     import subprocess
     try:
         done = subprocess.run(arguments, stdin=subprocess.DEVNULL, capture_output=True, timeout=60)
     except FileNotFoundError:
-        return "", "no program %s" % arguments[0]
+        return b"", "no program %s" % arguments[0]
     except (OSError, subprocess.TimeoutExpired) as error:
-        return "", "%s: %s" % (arguments[0], error)
+        return b"", "%s: %s" % (arguments[0], error)
     errors = done.stderr.decode("utf-8", "replace").strip()
     why_not = _shown(errors.split(": ", 1)[-1]) or "no such entry, or the key ring is locked"
-    return "" if done.returncode else _first_line(done.stdout), "%s: %s" % (arguments[0], why_not)
+    return b"" if done.returncode else done.stdout, "%s: %s" % (arguments[0], why_not)
 
 
-def _ask_terminal(user: str) -> tuple[str, str]:
-    try:
-        os.close(os.open("/dev/tty", os.O_RDWR))
-    except OSError:     # without it, getpass would ask on standard input
-        return "", "no terminal to ask on"
+def _ask_terminal(user: str) -> tuple[bytes, str]:
     import getpass
     try:
-        return getpass.getpass("Password of %s: " % user), "none was typed"
-    except EOFError:
-        return "", "none was typed"
+        os.close(os.open("/dev/tty", os.O_RDWR))    # or else getpass would ask on standard input
+        return getpass.getpass("Password of %s: " % user).encode(), "none was typed"
     except UnicodeDecodeError as error:     # whose text would show some of the password
-        return _first_line(error.object), "none was typed"
+        return error.object, "none was typed"
+    except EOFError:
+        return b"", "none was typed"
+    except OSError:
+        return b"", "no terminal to ask on"
 
 
 def _tls_context(options: argparse.Namespace) -> ssl.SSLContext:
@@ -2708,13 +2681,11 @@ def _tls_context(options: argparse.Namespace) -> ssl.SSLContext:
         raise _StartError("cannot use the certificate in %s with the key in %s: %s" % (
             certificate, key, re.sub(r" \(_ssl\.c.*", "", str(error)))) from None
     except OSError as error:
-        raise _StartError("cannot read %s: %s" % (
-            error.filename or "%s or %s" % (certificate, key), error.strerror)) from None
+        raise _StartError("cannot read %s: %s" % (error.filename or key, error.strerror)) from None
     return context
 
 
-def _make_server(options: argparse.Namespace, log: _Log,
-                 stdout: int | None) -> tuple[Server, Command]:
+def _make_server(options: argparse.Namespace, log: _Log) -> tuple[Server, Command]:
     """The server that the options describe, and the command it delivers to."""
     sockets = _inherited_sockets(options.inetd)
     users: list[Authenticate] = []
@@ -2723,6 +2694,7 @@ def _make_server(options: argparse.Namespace, log: _Log,
         # All are asked each time, so that the time tells nothing about which users there are.
         return True in [is_this(user, password) for is_this in users]
     try:
+        stdout = os.open(os.devnull, os.O_WRONLY) if options.inetd else None
         command = Command(options.command, timeout=options.delivery_timeout, stdout=stdout)
         server = Server(command, options.interface or "127.0.0.1", options.port,
                         authenticate=authenticate if options.auth else None,
@@ -2736,7 +2708,7 @@ def _make_server(options: argparse.Namespace, log: _Log,
     users += [one_user(user, _find_password(user, program, options.inetd))
               for user, program in options.auth]        # last, since it may ask
     for text in command.warnings:
-        log.warn(text)
+        log.tell("warning: " + text, _INFO)
     return server, command
 
 
@@ -2746,7 +2718,7 @@ def _run_inetd(options: argparse.Namespace, log: _Log) -> int:
     connection, peer = _standard_streams()
     if options.tls_cert_file and isinstance(connection, _Descriptors):
         raise _StartError("TLS needs a socket as standard input and output")
-    server, command = _make_server(options, log, os.open(os.devnull, os.O_WRONLY))
+    server, command = _make_server(options, log)
     slots = _Slots()
     _stop_by_signal(slots, command)
     slots.late_until = float("inf")     # always, since no memory of failures outlives this process
@@ -2754,10 +2726,10 @@ def _run_inetd(options: argparse.Namespace, log: _Log) -> int:
 
 
 def _run_daemon(options: argparse.Namespace, log: _Log) -> int:
-    """Serve until a signal comes."""
+    """Serve until a signal comes; at SIGHUP open the log and load the certificate anew."""
     import gc
     notify = os.environ.pop("NOTIFY_SOCKET", "")
-    server, command = _make_server(options, log, None)
+    server, command = _make_server(options, log)
     service = _start_server(server, options)
     _stop_by_signal(service, command)
     asked: list[int] = []
@@ -2767,9 +2739,16 @@ def _run_daemon(options: argparse.Namespace, log: _Log) -> int:
     gc.freeze()         # what is there now stays: the collector need not look through it each time
     _notify(notify, b"READY=1")
     while not service.wait():
-        if asked:
-            asked.clear()       # first, since what comes from now on asks for another time
-            _reload(server, log, options)
+        if not asked:
+            continue
+        asked.clear()           # first, since what comes from now on asks for another time
+        log.info("SIGHUP")      # which makes the log notice that its file was moved
+        try:    # not into the context in use: OpenSSL forbids that, and the new may be unfit
+            if options.tls_cert_file:
+                server.tls = _tls_context(options)
+                log.info("loaded the certificate anew")
+        except _StartError as error:
+            log.error("kept the certificate: %s", error)
     _notify(notify, b"STOPPING=1")
     if os.isatty(2):
         log.tell("stopping once the mails under way are delivered; Ctrl-C again stops at once")
@@ -2805,24 +2784,24 @@ def _announce(server: Server, log: _Log, options: argparse.Namespace) -> None:
     if any(peer.host and peer.host != "::1" and not peer.host.startswith("127.")
            for peer in server.addresses):
         if not options.auth:
-            log.warn("anybody who reaches %s can send mail; use --auth" % places)
+            log.tell("warning: anybody who reaches %s can send mail; use --auth" % places, _INFO)
         elif not server.tls:
-            log.warn("passwords come to %s unencrypted; use --tls-cert-file" % places)
+            log.tell("warning: passwords come to %s unencrypted; use --tls-cert-file" % places,
+                     _INFO)
     if os.getpid() == 1:
-        log.warn("as process 1 this reaps no orphans of the command; use an init, such as that of "
-                 "docker run --init")
+        log.tell("warning: as process 1 this reaps no orphans of the command; use an init, such as "
+                 "that of docker run --init", _INFO)
     import tempfile
     try:
         tempfile.gettempdir()
     except OSError:
-        log.warn("no folder for temporary files can be written, so mails over %d KiB take memory; "
-                 "set TMPDIR" % (MAX_MEMORY // 1024))
+        log.tell("warning: no folder for temporary files can be written, so mails over %d KiB take "
+                 "memory; set TMPDIR" % (MAX_MEMORY // 1024), _INFO)
     if os.isatty(2) and server.addresses[0].host:
-        host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(server.host, server.host)
         client = ("nc %s %s" if options.tls_starttls == "on" else
                   "openssl s_client -connect [%s]:%s")
         log.tell("listening on %s, piping mails to: %s (to try it: %s; to stop it: Ctrl-C)"
-                 % (places, options.command, client % (host, server.port)))
+                 % (places, options.command, client % (server.host, server.port)))
 
 
 def _stop_by_signal(slots: _Slots, command: Command) -> None:
@@ -2844,32 +2823,18 @@ def _stop_by_signal(slots: _Slots, command: Command) -> None:
             signal.signal(number, stop)
 
 
-def _reload(server: Server, log: _Log, options: argparse.Namespace) -> None:
-    """What SIGHUP asks for: open the log and load the certificate anew."""
-    log.info("SIGHUP")      # which makes the log notice that its file was moved
-    try:    # not into the context in use: OpenSSL forbids that, and the new may be unfit
-        if options.tls_cert_file:
-            server.tls = _tls_context(options)
-            log.info("loaded the certificate anew")
-    except _StartError as error:
-        log.error("kept the certificate: %s", error)
-
-
 def _inherited_sockets(inetd: bool) -> list[socket.socket]:
     """The sockets that systemd passes (sd_listen_fds(3)). Raises _StartError for unfit ones."""
-    pid, number = os.environ.pop("LISTEN_PID", ""), os.environ.pop("LISTEN_FDS", "")
-    os.environ.pop("LISTEN_FDNAMES", None)
+    pid, number, _ = (os.environ.pop("LISTEN_" + name, "") for name in ("PID", "FDS", "FDNAMES"))
     if inetd or pid != str(os.getpid()) or not number.isdecimal():
         return []
     import socket
     sockets = []
     for descriptor in range(3, 3 + int(number)):
-        try:
+        listens = 0
+        with contextlib.suppress(OSError):      # it is no socket at all
             sockets.append(socket.socket(fileno=descriptor))
-            sockets[-1].set_inheritable(False)
             listens = sockets[-1].getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN)
-        except OSError as error:
-            raise _StartError("descriptor %d of LISTEN_FDS: %s" % (descriptor, error)) from None
         if not listens:
             raise _StartError("descriptor %d of LISTEN_FDS is no listening socket; for Accept=yes "
                               "use --inetd" % descriptor)

@@ -83,8 +83,6 @@ if TYPE_CHECKING:
     Connection = Union[socket.socket, "_Descriptors"]
     Ask = Callable[[bytes], bytes]
     Wait = tuple[float, float, int]     # deadline, since, kind: see the room "Wire"
-    # Of program, arguments, further variables and descriptors to be 0 to 2; returns the process id.
-    Spawn = Callable[[str, list[bytes], list[bytes], tuple[int, int, int]], int]
 
 __version__ = "2.0"
 __all__ = ["Server", "Session", "Mail", "Peer", "Reply", "Command", "TemporaryFailure",
@@ -249,10 +247,10 @@ class PermanentFailure(_Failure):
     _digit = 5
 
 
-def _refuse(reply: Reply) -> NoReturn:
+def _refuse(reply: Reply, details: Sequence[str] = ()) -> NoReturn:
     """Raise the failure that says this: whoever overrides a verb is not to take it for success."""
     kind = TemporaryFailure if reply.code < 500 else PermanentFailure
-    raise kind(reply.lines[0], reply.code, reply.enhanced)
+    raise kind(reply.lines[0], reply.code, reply.enhanced, details)
 
 
 class Mail:
@@ -1609,18 +1607,22 @@ class Command:
         self._unended: set[_Run] = set()        # those that nothing could end
         self._program, words = self._read_text()
         self._reparser = _find_reparser(words)
-        self._words = [os.fsencode(word) for word in
-                       words or ("sh", "-c", text + ' "$@"', "msmtpd")]
-        # Which of them holds %F, the place of the sender.
-        self._place = next((n for n, word in enumerate(self._words) if b"%F" in word), None)
+        self._words = [os.fsencode(word) for word in words]
+        # Which of them holds %F, the place of the sender, if any does.
+        self._place = next((n for n, word in enumerate(words) if "%F" in word), 0)
         # Name by name, since another thread may change it meanwhile.
-        self._environment = [b"%b=%b" % (name, os.environb.get(name, b""))
-                             for name in list(os.environb) if name not in (b"", b"MSMTPD_USER")]
+        environment = [b"%b=%b" % (name, os.environb.get(name, b""))
+                       for name in list(os.environb) if name not in (b"", b"MSMTPD_USER")]
+        # For recipients, as MAX_RECIPIENT_BYTES counts them: the kernel bounds arguments and
+        # environment together, often by a quarter of the stack.
+        used = sum(len(word) + 9 for word in (
+            os.fsencode(self._program), *self._words, *environment))
+        spare = MAX_LINE + MAX_AUTH_LINE + 4096     # for the sender, the user, the kernel's own
+        self._room = os.sysconf("SC_ARG_MAX") - used - spare
         try:
-            self._spawn = _glibc_spawn(self._environment)
+            self._spawn = _glibc_spawn(environment)
         except (ImportError, AttributeError, OSError, MemoryError):     # no ctypes, no such glibc
-            self._spawn = functools.partial(_popen, self._environment)
-        self._room = self._argument_room()
+            self._spawn = functools.partial(_popen, environment)
 
     def check(self, address: str, mail: object = None) -> None:
         """Raise PermanentFailure if `address` could be read as an option, program, file or code."""
@@ -1643,17 +1645,23 @@ class Command:
         run = self._start(mail)
         self._runs.add(run)
         try:
-            run.finish(deadline)
+            outcome = run.finish(deadline)
         finally:
             self._runs.discard(run)
-            if not run.ended:
+            if not run.reap():      # nothing could end it, or something has interrupted us
+                run.signal(signal.SIGKILL)
                 self._unended.add(run)
-        mail.outcome = "exit=%s" % run.outcome
-        if run.outcome != 0:
-            raise self._failure(run)
+        mail.outcome = "exit=%s" % outcome
+        if outcome != 0:
+            errors = run.errors.decode("utf-8", "replace")
+            lines = [line.strip() for line in errors.splitlines() if line.strip()]
+            said = _plain_ascii("; ".join(lines))[:MAX_ERROR_TEXT]
+            why = "Command failed (exit %s)" % outcome + (said and ": " + said)
+            code, enhanced = _EXIT_REPLIES.get(outcome, (451, "4.3.0"))  # type: ignore[arg-type]
+            _refuse(Reply(code, enhanced, why), lines)
 
     def _read_text(self) -> tuple[str, list[str]]:
-        """Return the program to start and the command's words, none if a shell has to read it."""
+        """Return the program to start, the shell where that has to read the text, and its words."""
         text = self.text
         if not text.strip():
             raise ValueError("command is empty")
@@ -1666,58 +1674,49 @@ class Command:
         if "#" in bare and re.search(r"(?:^|[\s;&|()])#", bare):
             self.warnings.append("the command has a comment, which swallows the recipients")
         words: list[str] = []
-        program = None
+        program = problem = ""
         if not _SPECIAL.intersection(bare) and bare.replace("\t", " ").isprintable():
             words = text.split()
             if bare != text:
                 import shlex
                 words = shlex.split(text)
-            program = _find_program(words[0])
-        problem = _missing_interpreter(program) if program else self._ask_shell(words)
+            program, problem = _find_program(words[0])
+        if not program:
+            problem = self._ask_shell(words)
+            program, words = "/bin/sh", ["sh", "-c", text + ' "$@"', "msmtpd"]
         if problem:
             self.warnings.append(problem + "; each mail will be deferred until that is mended")
-        return (program, words) if program else ("/bin/sh", [])
+        return program, words
 
     def _ask_shell(self, words: list[str]) -> str:
-        """What to say of the command if its program is missing, or "".
+        """What is wrong with the command's program, or "".
 
         words: those of a command that needs no shell. Raises ValueError if a shell cannot read it.
         """
         import subprocess
         word = re.match(r"(?:\w+=\S* +|exec +)*(['\"]?)([\w./+-]+)\1(?:\s|$)", self.text.strip())
         name = word.group(2) if word else words[0] if words else ""
-        missing = name and not _find_program(name)
-        run = functools.partial(subprocess.run, stdin=subprocess.DEVNULL, capture_output=True,
-                                encoding="utf-8", errors="replace")
+        problem = name and _find_program(name)[1]
         try:
-            done = run(("/bin/sh", "-n", "-c", self.text + ' "$@"'))
-            if done.returncode:
+            done = subprocess.run(
+                ("/bin/sh", "-c", '/bin/sh -n -c "$1" || exit 9; command -v -- "$2"', "sh",
+                 self.text + ' "$@"', name), stdin=subprocess.DEVNULL, capture_output=True,
+                encoding="utf-8", errors="replace")
+            if done.returncode == 9:
                 raise ValueError("command cannot be read by the shell: " + done.stderr.strip())
             # The shell knows its builtins, too, but takes any file for a program.
-            missing = missing and ("/" in name or run(
-                ("/bin/sh", "-c", 'command -v -- "$1"', "sh", name)).returncode)
+            problem = problem if "/" in name or done.returncode else ""
         except OSError as error:
             if not words:
                 raise ValueError("command needs /bin/sh: %s" % error.strerror) from None
-        return "cannot find or execute the program %s" % name if missing else ""
-
-    def _argument_room(self) -> int:
-        """The bytes that recipients may take, as MAX_RECIPIENT_BYTES counts them.
-
-        The kernel bounds arguments and environment together, often by a quarter of the stack.
-        """
-        words = [os.fsencode(self._program), *self._words, *self._environment]
-        used = sum(len(word) + 9 for word in words)
-        spare = MAX_LINE + MAX_AUTH_LINE + 4096     # for the sender, the user, the kernel's own
-        return os.sysconf("SC_ARG_MAX") - used - spare
+        return problem
 
     def _start(self, mail: Mail) -> _Run:
         """Start the command with the mail as its standard input. Raises TemporaryFailure."""
         words = self._words + [recipient.encode() for recipient in mail.recipients]
         # Addresses are UTF-8 whatever the locale: in some, letters hold bytes of shell operators.
-        if self._place is not None:
-            sender = (mail.sender or "MAILER-DAEMON").encode()
-            words[self._place] = words[self._place].replace(b"%F", sender, 1)
+        sender = (mail.sender or "MAILER-DAEMON").encode()
+        words[self._place] = words[self._place].replace(b"%F", sender, 1)
         user = [] if mail.user is None else [b"MSMTPD_USER=" + mail.user.encode()]
         opened: list[int] = []
         try:
@@ -1736,138 +1735,116 @@ class Command:
                 pid = self._spawn("/bin/sh", words, user, descriptors)
             return _Run(pid, opened.pop(1))
         except (OSError, ValueError, MemoryError) as error:
-            why = _missing_interpreter(self._program) or _why(error)
-            missing = isinstance(error, (FileNotFoundError, PermissionError, NotADirectoryError))
+            _, problem = _find_program(self._program)
+            why = problem or _why(error)
             raise TemporaryFailure("Cannot start the command: " + why, 451,
-                                   "4.3.5" if missing else "4.3.0", [why]) from None
+                                   "4.3.5" if problem else "4.3.0", [why]) from None
         finally:
             for descriptor in opened:
                 _close(descriptor)
 
-    def _failure(self, run: _Run) -> _Failure:
-        """The failure to raise for a run that was no success."""
-        code, enhanced = _EXIT_REPLIES.get(run.outcome, (451, "4.3.0"))  # type: ignore[arg-type]
-        errors = run.errors.decode("utf-8", "replace")
-        lines = [line.strip() for line in errors.splitlines() if line.strip()]
-        why = "Command failed (exit %s)" % run.outcome
-        text = _plain_ascii("; ".join(lines))[:MAX_ERROR_TEXT]
-        failure = TemporaryFailure if code < 500 else PermanentFailure
-        return failure(why + (": " + text if text else ""), code, enhanced, lines)
-
 
 def _find_reparser(words: list[str]) -> str:
     """What might read a sender or recipient as code; "" if nothing in the command might."""
-    if not words:
-        return "the command needs a shell"
     for word in words:
-        tail = word.startswith("-") and word.find("%F") == len(word) - 2
-        if "%F" in word and word != "%F" and not tail:
+        before, found, after = word.partition("%F")
+        if found and (after or before and not before.startswith("-")):
             return "%F is inside of a word of the command"
         for part in word.split():
             # Also bash5.2, and by their first letters bash-static, zsh5-static and sudo.ws.
             name = part.replace("=", "/").split("/")[-1].rstrip("0123456789.-")
             if not _SHELLS.isdisjoint((name, re.split("[^a-z]", name)[0])):
-                return "%s may hand it to a shell" % name
+                return "the command runs %s, which may read it as code" % name
     return ""
 
 
-def _find_program(name: str) -> str | None:
-    """The path of a program, None where there is none that can be executed.
+def _find_program(name: str) -> tuple[str, str]:
+    """The path of a program, "" where none can be executed, and what is wrong with it, or "".
 
     As shutil.which has it, whose import would cost inetd users some milliseconds.
     """
     places = [""] if "/" in name else os.environ.get("PATH", os.defpath).split(os.pathsep)
     for path in (os.path.join(place, name) for place in places):
         if os.path.isfile(path) and os.access(path, os.X_OK):
-            return path
-    return None
-
-
-def _missing_interpreter(program: str) -> str:
-    """What to say of a script whose first line names an interpreter that is not there, or ""."""
-    with contextlib.suppress(OSError), open(program, "rb") as file:
-        match = re.match(rb"#![ \t]*([^ \t\n]+)", file.readline(256))
-        if match and not os.path.exists(match.group(1)):
-            return "%s names an interpreter that is missing: %s" % (
-                program, _shown(match.group(1).decode("utf-8", "replace")))
-    return ""
+            with contextlib.suppress(OSError), open(path, "rb") as file:
+                match = re.match(rb"#![ \t]*([^ \t\n]+)", file.readline(256))
+                if match and not os.path.exists(match.group(1)):
+                    return path, "%s names an interpreter that is missing: %s" % (
+                        path, _shown(match.group(1).decode("utf-8", "replace")))
+            return path, ""
+    return "", "cannot find or execute the program " + name
 
 
 class _Run:
     """One run of the command, in a session, and so a process group, of its own.
 
     It may deliver whatever happens here: so an error of ours must neither pass for one of its own
-    nor end the watch over it.
-
-    ended: whether it was reaped. outcome: its exit status, or "signal N", "timeout" or "lost".
-    errors: the head of its standard error.
+    nor end the watch over it. errors: the head of its standard error.
     """
 
     def __init__(self, pid: int, stderr: int) -> None:
-        self.ended = False
-        self.outcome: int | str = "lost"            # as long as it is not known
         self.errors = b""
-        self._pid = pid
-        self._stderr: int | None = stderr           # these two are descriptors
-        self._pidfd: int | None = None
-        self._pause = _SHORT_PAUSE      # until the next look, where there is no pidfd
+        self._status: int | str | None = None       # None until it is reaped
+        self._pid, self._stderr, self._pidfd = pid, stderr, -1
         try:        # Linux with Python 3.9 or newer, unless forbidden
             self._pidfd = os.pidfd_open(pid)
         except (AttributeError, OSError, MemoryError):
             pass
+        # Mostly it ends at once, of which a pidfd wakes but once.
+        self._watched = {stderr if self._pidfd < 0 else self._pidfd}
 
-    def finish(self, deadline: float) -> None:
+    def finish(self, deadline: float) -> int | str:
         """Wait for the command to end; after `deadline`, make its whole group end.
 
         Of what else is in the group, only those that hold standard error are waited for, since a
-        signal reaches zombies, too.
+        signal reaches zombies, too. Returns its exit status, or "signal N", "timeout" or "lost".
         """
         try:
-            if self._pidfd is not None:     # mostly it ends at once, of which this wakes but once
-                self._look([self._pidfd], 0.01)
+            self._look(0.01)
+            self._watched.add(self._stderr)
             self._wait(deadline)
-            if not self.ended:
+            outcome = self._status
+            if outcome is None:
                 self.signal(signal.SIGTERM)
                 self._wait(_now() + KILL_DELAY, whole_group=True)
                 self.signal(signal.SIGKILL)
                 self._wait(_now() + KILL_DELAY)     # in vain: another user's, or in the kernel
-                self.outcome = "timeout"
-            if self.outcome != 0:
+                outcome = "timeout"
+            if outcome != 0:
                 self._wait(0.0, whole_group=True)   # no longer, but for its last words
-        except BaseException:
-            self.signal(signal.SIGKILL)
-            raise
+            return outcome
         finally:
-            for descriptor in (self._stderr, self._pidfd):
-                if descriptor is not None:
-                    _close(descriptor)
+            _close(self._stderr)
+            _close(self._pidfd)
 
     def _wait(self, until: float, whole_group: bool = False) -> None:
         """Wait for its end, or for all who hold its standard error."""
-        left = 1.0
-        while left > 0 and (not self.ended or whole_group and self._stderr is not None):
+        left, pause = 1.0, _SHORT_PAUSE
+        while left > 0 and (self._status is None or whole_group and self._watched):
             left = until - _now()
-            seconds = max(0.0, min(left, 3600.0))
-            pidfd = None if self.ended else self._pidfd
-            if pidfd is None:
-                seconds = min(seconds, self._pause)
-                self._pause = min(2 * self._pause, 0.05)
-            self._look([fd for fd in (self._stderr, pidfd) if fd is not None], seconds)
+            # No longer than poll(2) can; where there is no pidfd, in growing turns.
+            seconds = max(0.0, min(left, 3600.0 if self._pidfd in self._watched else pause))
+            pause = _SHORT_PAUSE if self._look(seconds) else min(2 * pause, 0.05)
 
-    def _look(self, watched: list[int], seconds: float) -> None:
-        """Wait until one of these is ready; take what standard error holds, and the status."""
+    def _look(self, seconds: float) -> bool:
+        """Wait until one of what is watched is ready, and take what standard error holds, and the
+        status; return whether standard error has ended, so that the end of the command is near.
+        """
+        at_end = False
         try:
-            if not watched:     # as poll(2) knows milliseconds only
+            if not self._watched:       # as poll(2) knows milliseconds only
                 time.sleep(seconds)
-            elif self._stderr in _ready(watched, (), seconds):
+            elif self._stderr in _ready(self._watched, (), seconds):
                 data = os.read(self._stderr, _CHUNK)
                 self.errors += data[:MAX_ERROR_OUTPUT - len(self.errors)]
-                if not data:
-                    _close(self._stderr)
-                    self._stderr, self._pause = None, _SHORT_PAUSE      # its end is near
+                at_end = not data
         except (OSError, MemoryError):
             time.sleep(min(seconds, 0.01))
-        self.reap()
+        if at_end:
+            self._watched.remove(self._stderr)
+        if self.reap():
+            self._watched.discard(self._pidfd)
+        return at_end
 
     def signal(self, number: int) -> None:
         """Send a signal to the whole process group."""
@@ -1876,19 +1853,15 @@ class _Run:
 
     def reap(self) -> bool:
         """Take the status of the command, if it has ended; return whether it has."""
-        if self.ended:
-            return True
-        try:
-            pid, status = os.waitpid(self._pid, os.WNOHANG)
-            if pid == 0:
-                return False
-            self.outcome = os.WEXITSTATUS(status)
-            if os.WIFSIGNALED(status):
-                self.outcome = "signal %d" % os.WTERMSIG(status)
-        except ChildProcessError:
-            pass        # somebody in this process waits for all children, or ignores SIGCHLD
-        self.ended = True
-        return True
+        if self._status is None:
+            try:
+                pid, status = os.waitpid(self._pid, os.WNOHANG)
+                if pid:
+                    self._status = ("signal %d" % os.WTERMSIG(status) if os.WIFSIGNALED(status)
+                                    else os.WEXITSTATUS(status))
+            except ChildProcessError:   # another thread waits for all children, or SIGCHLD is
+                self._status = "lost"   # ignored
+        return self._status is not None
 
 
 def _close(descriptor: int) -> None:
@@ -1929,7 +1902,7 @@ def _open_input(mail: Mail) -> int:
 
 def _popen(environment: list[bytes], program: str, arguments: list[bytes],
            variables: list[bytes], descriptors: tuple[int, int, int]) -> int:
-    """A Spawn, once it has the environment, by subprocess."""
+    """Start a program, with further variables and descriptors to be 0 to 2; return its id."""
     import subprocess
     process = subprocess.Popen(
         arguments, -1, program, *descriptors, start_new_session=True,
@@ -1938,14 +1911,13 @@ def _popen(environment: list[bytes], program: str, arguments: list[bytes],
     return process.pid
 
 
-def _glibc_spawn(environment: list[bytes]) -> Spawn:
-    """A Spawn by posix_spawn(3) of glibc 2.34 or newer; raises what Command catches elsewhere.
+def _glibc_spawn(environment: list[bytes]) -> Callable[..., int]:
+    """As _popen with this environment, by posix_spawn(3) of glibc 2.34 or newer, or else raises.
 
     Other threads run meanwhile, unlike under subprocess: half as many mails again for 8 clients.
     """
     import ctypes
     glibc, posix_spawn = ctypes.PyDLL("libc.so.6"), ctypes.CDLL("libc.so.6").posix_spawn
-    add_dup2 = glibc.posix_spawn_file_actions_adddup2
     add_close_from = glibc.posix_spawn_file_actions_addclosefrom_np
     block = ctypes.c_long * 128         # larger than each of glibc's structures
 
@@ -1967,7 +1939,7 @@ def _glibc_spawn(environment: list[bytes]) -> Spawn:
         variables_of_run = strings(environment + variables) if variables else usual
         error = glibc.posix_spawn_file_actions_init(actions)
         for number, descriptor in enumerate(descriptors):
-            error = error or add_dup2(actions, descriptor, number)
+            error = error or glibc.posix_spawn_file_actions_adddup2(actions, descriptor, number)
         error = error or add_close_from(actions, 3) or posix_spawn(
             ctypes.byref(pid), os.fsencode(program), actions, attributes, words, variables_of_run)
         glibc.posix_spawn_file_actions_destroy(actions)

@@ -1122,11 +1122,11 @@ class Session:
         """What EHLO offers, a line each: RFC 5321 4.1.1.1."""
         lines = ["PIPELINING", "SIZE %d" % self._settings.max_size, "8BITMIME", "SMTPUTF8",
                  "ENHANCEDSTATUSCODES"]
-        # Not by its truth: an object, such as a table that is still empty, may be false.
-        if self._settings.authenticate is not None and (self.tls or not self._settings.tls):
-            lines.append("AUTH " + " ".join(_MECHANISMS))
         if self._settings.tls and not self.tls:
             lines.append("STARTTLS")
+        # Not by its truth: an object, such as a table that is still empty, may be false.
+        elif self._settings.authenticate is not None:
+            lines.append("AUTH " + " ".join(_MECHANISMS))
         return lines
 
     def send(self, reply: Reply | bytes) -> None:
@@ -2040,7 +2040,7 @@ class Server:
         if tls is not None:
             self.tls = tls
         self._session, self._sockets, self._log = session, sockets, _library_log(log)
-        self._starting, self._numbers = threading.RLock(), itertools.count(1)
+        self._starting, self._numbers = threading.Lock(), itertools.count(1)
         self._service: _Service | None = None       # while it is started
 
     @property
@@ -2059,9 +2059,7 @@ class Server:
         self._settings = self._settings._replace(tls=context)
 
     def __enter__(self) -> Server:
-        with self._starting:
-            if not self._is_started():
-                self.start()
+        self._start(anew=False)
         return self
 
     def __exit__(self, *error: object) -> None:
@@ -2069,9 +2067,15 @@ class Server:
 
     def start(self) -> None:
         """Listen, and serve in threads. Raises OSError, and RuntimeError if it has been started."""
+        self._start(anew=True)
+
+    def _start(self, anew: bool) -> _Service:
+        """Start, unless it has been started, which `anew` forbids; return what serves."""
         with self._starting:
-            if self._is_started():
-                raise RuntimeError("the server has been started already")
+            if self._service and not self._service.stopping:
+                if anew:
+                    raise RuntimeError("the server has been started already")
+                return self._service
             sockets = self._sockets or _listen(self._hosts, self._port)
 
             def serve(client: socket.socket, address: object) -> None:
@@ -2087,6 +2091,7 @@ class Server:
                 raise
             if self.addresses[0].port is not None:
                 self.host, self.port = self.addresses[0].host, self.addresses[0].port
+            return service
 
     def stop(self, grace: float = 1.0) -> None:
         """Stop listening, end the sessions, and wait for that; never hangs.
@@ -2101,17 +2106,10 @@ class Server:
 
     def serve_forever(self) -> None:
         """Serve, starting if need be, until stop() elsewhere; after KeyboardInterrupt call that."""
-        with self._starting:
-            if not self._service:
-                self.start()
-            service = self._service
-        if service:         # not stopped since
-            while not service.wait():
-                pass
-            self._join(service)
-
-    def _is_started(self) -> bool:
-        return self._service is not None and not self._service.stopping
+        service = self._service or self._start(anew=False)
+        while not service.wait():
+            pass
+        self._join(service)
 
     def _join(self, service: _Service) -> None:
         """Wait for the end of this service, which has been told to stop."""
@@ -2732,9 +2730,7 @@ def _run_daemon(options: argparse.Namespace, log: _Log) -> int:
 def _start_server(server: Server, options: argparse.Namespace) -> _Service:
     """Start the server; return what serves. Raises _StartError, which hints at what to do."""
     try:
-        server.start()
-        assert server._service is not None
-        return server._service
+        return server._start(anew=True)
     except (OSError, RuntimeError, MemoryError) as error:
         number = getattr(error, "errno", None) or 0
         others = {"::": "0.0.0.0", "::1": "127.0.0.1", "0.0.0.0": "::"}

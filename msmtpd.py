@@ -1479,7 +1479,7 @@ class Session:
                        self._client_field, user)
 
 
-_USUAL_VERBS = frozenset((b"MAIL", b"RCPT", b"DATA", b"RSET"))
+_USUAL_VERBS = frozenset(b"EHLO HELO MAIL RCPT DATA RSET QUIT".split())
 _OPEN_VERBS = frozenset(Session.VERBS) - {"AUTH", "STARTTLS"}      # that hold no secret
 _PROTOCOLS = {"EHLO": "ESMTP", "HELO": "SMTP"}      # by the greeting: RFC 3848
 

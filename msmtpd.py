@@ -507,18 +507,18 @@ _PATH = re.compile(
 
 # Parameters, and what may stand behind their names: those that are offered (RFC 1870 6.1, RFC 6152,
 # RFC 6531 3.4), and those that some clients send although they are not.
-_MAIL_PARAMETERS = {"SIZE": "=[0-9]{1,20}", "BODY": "=(7BIT|8BITMIME)", "SMTPUTF8": "",
-                    "AUTH": "(=.*)?", "RET": "(=.*)?", "ENVID": "(=.*)?"}
-_RCPT_PARAMETERS = {"NOTIFY": "(=.*)?", "ORCPT": "(=.*)?"}
+_PARAMETERS = {"FROM": {"SIZE": "=[0-9]{1,20}", "BODY": "=(7BIT|8BITMIME)", "SMTPUTF8": "",
+                        "AUTH": "(=.*)?", "RET": "(=.*)?", "ENVID": "(=.*)?"},
+               "TO": {"NOTIFY": "(=.*)?", "ORCPT": "(=.*)?"}}
 
 _INERT = "ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789@._+/=:%,-"
 
-# Methods that web pages can make a browser send, and those of other HTTP clients.
-_HTTP_METHODS = frozenset(
-    b"CONNECT DELETE GET HEAD OPTIONS PATCH POST PRI PROPFIND PUT TRACE".split())
+# Requests of HTTP: by methods that web pages can make a browser send, or others do, or by the end.
+_HTTP_REQUEST = re.compile(
+    br"(?:CONNECT|DELETE|GET|HEAD|OPTIONS|PATCH|POST|PRI|PROPFIND|PUT|TRACE)(?: |$)"
+    br"|[^\n]* HTTP/[0-9](?:\.[0-9])?$", re.IGNORECASE)
 
 
-@functools.lru_cache(maxsize=64)
 def _split_line(line: bytes) -> tuple[str, str]:
     """Split a client's line, without its end, into its verb in upper case and its argument.
 
@@ -534,12 +534,8 @@ def _split_line(line: bytes) -> tuple[str, str]:
     if not text.isprintable() and re.search("[\x00-\x08\x0a-\x1f\x7f]", text):
         raise PermanentFailure("Control character", 500, "5.5.2")
     text = text.strip(" \t")
-    if text.isascii():      # or else split() would take other characters for blanks, too
-        words = text.split(None, 1)
-    else:
-        words = re.split("[ \t]+", text, maxsplit=1)
-    verb, argument = (*words, "", "")[:2]
-    return (verb.upper() if verb.isascii() else ""), argument
+    verb = text.partition(" ")[0].partition("\t")[0]
+    return (verb.upper() if verb.isascii() else ""), text[len(verb):].lstrip(" \t")
 
 
 @functools.lru_cache(maxsize=64)
@@ -563,8 +559,7 @@ def _parse_envelope(argument: str, keyword: str) -> tuple[str, dict[str, str]]:
             not address.endswith("]") or _is_address_literal(address.rpartition("[")[2][:-1]))
     if not valid:
         raise PermanentFailure("Bad address syntax", 501, "5.1.7" if keyword == "FROM" else "5.1.3")
-    known = _MAIL_PARAMETERS if keyword == "FROM" else _RCPT_PARAMETERS
-    return address, _parse_parameters(rest or "", known)
+    return address, _parse_parameters(rest or "", _PARAMETERS[keyword])
 
 
 def _is_address_literal(text: str) -> bool:
@@ -605,10 +600,7 @@ def _refuse_http(line: bytes, first: bool = False) -> None:
     first: whether neither a greeting nor an error came before, so that a header field is suspect.
     """
     line = line.strip()
-    name, colon, _ = line.partition(b":")
-    if (line.partition(b" ")[0].upper() in _HTTP_METHODS
-            or b" HTTP/" in line and re.search(br" HTTP/\d(\.\d)?$", line) is not None
-            or first and colon != b"" and name.replace(b"-", b"0").isalnum()):
+    if _HTTP_REQUEST.match(line) or first and re.match(b"[0-9A-Za-z-]+:", line):
         raise _Ended(Reply(421, "4.7.0", "This is no web server"), "the client spoke HTTP")
 
 
@@ -639,43 +631,33 @@ class _MailData:
         # People at a terminal and printf | nc end lines in a bare LF; another server never does.
         self._ends = (b"\r\n.\r\n", b"\n.\n") if bare_lf else (b"\r\n.\r\n",)
         # The data is read with the line end of DATA before it, so that empty data ends like any.
-        self._tail = line_end       # the last bytes, if they may be the beginning of the end
-        self._first = True          # nothing was yielded yet, and that line end comes first
+        self.tail = line_end        # the last bytes, if they may be the beginning of the end
+        self._skip = b"\n"          # what to skip where lines begin: that line end, then a dot
         self._held = 0              # CRs before the next piece: whether a LF follows is not known
-        self._at_line_start = False
         self.ended = False
         self.rest = b""
         self.size = -len(line_end)
 
     def feed(self, piece: bytes) -> Iterator[bytes]:
-        """Take the next piece; return what is certain now of the lines."""
-        certain = self._before_end(self._tail + piece)
-        self.size += len(certain)
-        return self._decode(certain)
+        """Take the next piece; return what is certain now of the lines.
 
-    def looks_ended(self) -> bool:
-        """Whether the client may think that it has ended the data, if only by other line ends."""
-        return self._tail.endswith((b"\n.\n", b"\n.\r\n"))
-
-    def _before_end(self, data: bytes) -> bytes:
-        """Return what of `data` stands before the end, or before what may be its beginning.
-
-        Mostly that is all of `data`, and then no byte is copied.
+        That is what stands before the end, or before what may be its beginning: mostly all of the
+        piece, and then no byte is copied.
         """
-        self._tail = b""
+        data, self.tail = self.tail + piece, b""
+        found = []
         if _DOT in data:        # one byte is found ten times as fast as a string
             found = [(data.find(end), end) for end in self._ends if end in data]
-            if found:
-                at, end = min(found)
-                self.ended, self.rest = True, data[at + len(end):]
-                return data[:at + end.index(b".")]
-        if self._first and len(data) < 16:      # as _store looks for ">From " in one piece
-            self._tail = data
-            return b""
-        if data.endswith((b"\r", b"\n", b".")):      # as does each beginning of an end
-            self._tail = data[-4:]
-            return data[:-4]
-        return data
+        if found:
+            at, end = min(found)
+            self.ended, self.rest = True, data[at + len(end):]
+            data = data[:at + end.index(b".")]
+        elif self._skip == b"\n" and len(data) < 16:    # as _store looks for ">From " in one piece
+            data, self.tail = b"", data
+        elif data.endswith((b"\r", b"\n", b".")):       # as does each beginning of an end
+            data, self.tail = data[:-4], data[-4:]
+        self.size += len(data)
+        return self._decode(data)
 
     def _decode(self, certain: bytes) -> Iterator[bytes]:
         """Yield these bytes as lines that end in LF, without the dots of transparency."""
@@ -685,7 +667,7 @@ class _MailData:
             self._held += held
             return
         if held and not lines.lstrip(b"\r").startswith(b"\n"):
-            self._at_line_start = False
+            self._skip = b""
             for left in range(held, 0, -_CHUNK):
                 yield b" " * min(left, _CHUNK)
         if _CR in lines:
@@ -694,14 +676,10 @@ class _MailData:
             if lines.replace(b"\n", b"\r\n") != with_crs:
                 lines = b"\n".join([line.rstrip(b"\r") for line in with_crs.split(b"\n")])
                 lines = lines.replace(b"\r", b" ")
-        dot = self._at_line_start and lines.startswith(b".")
-        self._at_line_start = lines.endswith(b"\n")
+        skip, self._skip = self._skip, b"." if lines.endswith(b"\n") else b""
         if _DOT in lines:
             lines = lines.replace(b"\n.", b"\n")
-        lines = lines[1:] if dot or self._first else lines      # without the dot, or DATA's LF
-        self._first = False
-        if lines:
-            yield lines
+        yield lines[len(skip):] if lines.startswith(skip) else lines
 
 
 def _received_line(mail: Mail, host: str, greeted: str) -> bytes:
@@ -727,11 +705,6 @@ def _date(now: int, zone: int) -> str:
     # Not by strftime(), whose names follow the locale; email.utils is slow to import.
     day, month, date, clock, year = time.asctime(local).split()
     return "%s, %s %s %s %s %s" % (day, date, month, year, clock, time.strftime("%z", local))
-
-
-def _count_hops(file: BinaryIO) -> int:
-    """How many of _received_line's fields a mail has, from here or another msmtpd.py on its way."""
-    return file.read(_CHUNK).partition(b"\n\n")[0].count(b" (msmtpd) with ")
 
 
 # ---- Wire: the client's connection, as lines, pieces and deadlines ----------------------------
@@ -857,13 +830,10 @@ class _Wire:
         self._shutdown = connection.shutdown
 
     def read_line(self, since: float, kind: int) -> bytes:
-        """Return the next line, its end included, of up to _MAX_ENDLESS_LINE bytes.
-
-        kind: _VERB or, if the client is to have a moment though the server stops, _PARTING.
-        """
+        """Return the next line, its end included, of up to _MAX_ENDLESS_LINE bytes."""
         wait = _now() + (self._timeout if kind == _VERB else PARTING_TIMEOUT), since, kind
-        if self.slots.stopping or not self.slots.free:
-            self._look_around(wait)
+        if self.slots.stopping:         # also where there is input, by PIPELINING
+            self.look_around(wait)
         data = self.input or self._pull(wait)
         while True:
             if data[0] == 22 and data[1:2] == b"\x03":      # RFC 8446 5.1: a handshake record
@@ -875,7 +845,6 @@ class _Wire:
             if size:
                 self.input = data[size:]
                 return data[:size]
-            self._look_around(wait)
             data += self._pull(wait)
 
     def read_piece(self, start: float, received: int) -> bytes:
@@ -886,10 +855,7 @@ class _Wire:
         now = _now()
         deadline = self._timeout + min(now, start + received / MIN_RATE)
         piece, self.input = self.input, b""
-        if not piece:
-            self._look_around((deadline, now, _DATA))
-            piece = self._pull((deadline, now, _DATA))
-        return piece
+        return piece or self._pull((deadline, now, _DATA))
 
     def write(self, data: bytes) -> None:
         """Send `data`, at the latest before the next wait for the client."""
@@ -913,7 +879,7 @@ class _Wire:
             while data and not self._unheard:
                 data = data[self._in_turns(self._connection.send, data, wait):]
                 if data:
-                    self._look_around(wait)
+                    self.look_around(wait)
         except ConnectionError:
             self._unheard = True
         except OSError as error:
@@ -968,7 +934,6 @@ class _Wire:
                 self._connection.settimeout(0.1)
                 deadline = _now() + (1.0 if self.slots.free else 0.1)   # if others wait for it
                 while True:
-                    self._look_around((deadline, deadline, _VERB))
                     self._pull((deadline, deadline, _VERB))
         except (_Ended, OSError):
             pass
@@ -981,15 +946,14 @@ class _Wire:
             self.flush()
         self._waiting[self] = wait
         try:
-            if self.slots.stopping:
-                self._look_around(wait)
+            self.look_around(wait)
             data: bytes = self._in_turns(self._connection.recv, _CHUNK, wait)
         except OSError:
             data = b""
         finally:
             del self._waiting[self]
         if self.slots.stopping:         # it may have been woken
-            self._look_around(wait)
+            self.look_around(wait)
         if not data:
             raise _Ended(None, "the client left")
         return data
@@ -1002,22 +966,18 @@ class _Wire:
             except OSError as error:        # None is a timeout's of Python's own
                 if error.errno not in (errno.EAGAIN, errno.EWOULDBLOCK, None):
                     raise
-            self._look_around(wait)
+            self.look_around(wait)
 
-    def _look_around(self, wait: Wait) -> None:
+    def look_around(self, wait: Wait) -> None:
         """Raise _Ended where the wait is over: by its deadline, for others, or by a stop."""
         deadline, since, kind = wait
         slots, now = self.slots, _now()
         is_late = now >= deadline or not slots.free and now >= since + FULL_TIMEOUT
         if slots.stopping and (is_late or slots.ends(kind)):
-            raise _ended_by_stop()
+            raise _Ended(Reply(421, "4.3.2", "Shutting down"), "the server stops")
         if is_late:
             raise _Ended(Reply(421, "4.4.2", "Waited for too long"),
                          "the client was silent or too slow")
-
-
-def _ended_by_stop() -> _Ended:
-    return _Ended(Reply(421, "4.3.2", "Shutting down"), "the server stops")
 
 
 # ---- Session: one method for each verb --------------------------------------------------------
@@ -1090,7 +1050,6 @@ class Session:
         except _Ended as end:
             reply, reason = end.reply, end.reason
             if self.mail:
-                _drop(self.mail._file)
                 reason = "in mid-transaction, " + reason
         except BaseException:
             self._log.error("internal error", exc_info=True)
@@ -1148,7 +1107,7 @@ class Session:
         self._after_data, self._line = False, line
         self._bare_lf = self._bare_lf and line[-2:] != b"\r\n"
         if kind == _PARTING and line.strip().upper() != b"QUIT":
-            raise _ended_by_stop()
+            self._wire.look_around((0.0, 0.0, _VERB))
         return line
 
     def close(self) -> None:
@@ -1163,9 +1122,7 @@ class Session:
             line = self.read_line()
             if line.find(b" HTTP/") > 0:    # any verb may be the method of a request
                 _refuse_http(line)
-            # Other lines may hold a secret, which no cache is to keep.
-            split = _split_line if line[:4].upper() in _USUAL_VERBS else _split_line.__wrapped__
-            verb, argument = split(line.rstrip(b"\n").rstrip(b"\r"))
+            verb, argument = _split_line(line.rstrip(b"\r\n"))
             if len(line) > (MAX_AUTH_LINE if verb == "AUTH" else MAX_LINE):
                 raise PermanentFailure("Line too long", 500, "5.5.2")
             if self._log.debugging:
@@ -1416,7 +1373,8 @@ class Session:
                 problem = problem or self._store(mail, head, pieces, data)
                 del pieces      # no more than one piece is held while the next comes in
         except _Ended as end:
-            if data.looks_ended() and not self._wire.slots.stopping:
+            # The client may think that it has ended the data, if only by other line ends.
+            if data.tail.endswith((b"\n.\n", b"\n.\r\n")) and not self._wire.slots.stopping:
                 hint = "; mail data has to end in CR LF . CR LF"
                 end.reply = end.reply and Reply(421, "4.4.2", end.reply.lines[0] + hint)
                 end.reason += hint
@@ -1437,10 +1395,12 @@ class Session:
                         # A line of mbox, which behind a field would end the header.
                         lines = b"X-Mailbox-Line: " + lines
                 mail._write(lines)
-            # RFC 5321 6.3: what mails are piped to sends them back here. Each time takes a session,
-            # which waits for the next: the limit leaves room for others.
-            if data.ended and head and not problem and _count_hops(mail.file) > MAX_HOPS:
-                problem = Reply(554, "5.4.6", "Mail loop: it has been here %d times" % MAX_HOPS)
+            if data.ended and head and not problem:
+                # RFC 5321 6.3: what mails are piped to sends them back here. Each time takes a
+                # session, which waits for the next: the limit leaves room for others.
+                header = mail.file.read(_CHUNK).partition(b"\n\n")[0]
+                if header.count(b" (msmtpd) with ") > MAX_HOPS:     # as _received_line has it
+                    problem = Reply(554, "5.4.6", "Mail loop: it has been here %d times" % MAX_HOPS)
         except (OSError, MemoryError) as error:
             self._log.error("cannot spool: %s", _why(error))
             problem = Reply(452, "4.3.1", "No room for the mail now")
@@ -1479,7 +1439,6 @@ class Session:
                        self._client_field, user)
 
 
-_USUAL_VERBS = frozenset(b"EHLO HELO MAIL RCPT DATA RSET QUIT".split())
 _OPEN_VERBS = frozenset(Session.VERBS) - {"AUTH", "STARTTLS"}      # that hold no secret
 _PROTOCOLS = {"EHLO": "ESMTP", "HELO": "SMTP"}      # by the greeting: RFC 3848
 

@@ -1107,7 +1107,7 @@ class Session:
         self._after_data, self._line = False, line
         self._bare_lf = self._bare_lf and line[-2:] != b"\r\n"
         if kind == _PARTING and line.strip().upper() != b"QUIT":
-            self._wire.look_around((0.0, 0.0, _VERB))
+            self._wire.look_around((0.0, 0.0, _VERB))       # a wait that a stop has ended
         return line
 
     def close(self) -> None:

@@ -286,10 +286,11 @@ class Mail:
         """Append `data`. Raises OSError if the disk is full, MemoryError if memory is."""
         if self.size + len(data) > MAX_MEMORY:
             self._ensure_descriptor()
-        self.size += len(data)
         write = getattr(self._file, "raw", self._file).write    # now, while errors are noticed
         while data:
-            data = data[write(data):]
+            written = write(data)
+            self.size += written
+            data = data[written:]
 
     def _ensure_descriptor(self) -> None:
         """Move the data, unless it is there, to where it has a descriptor. Raises OSError."""
@@ -693,13 +694,13 @@ def _received_line(mail: Mail, host: str, greeted: str) -> bytes:
     # ESMTP, whatever the last greeting was.
     extensions = ("S" if mail.tls else "") + ("A" if mail.user is not None else "")
     protocol = "UTF8SMTP" if mail.smtputf8 else "ESMTP" if extensions else greeted
+    date = _date(int(time.time()), time.timezone, time.tzname)
     return ("Received: from %s%s\n\tby %s (msmtpd) with %s%s;\n\t%s\n" % (
-        name, origin, host, protocol, extensions, _date(int(time.time()), time.timezone))).encode(
-            "ascii", "replace")
+        name, origin, host, protocol, extensions, date)).encode("ascii", "replace")
 
 
 @functools.lru_cache(maxsize=1)
-def _date(now: int, zone: int) -> str:
+def _date(now: int, *zone: object) -> str:
     """That second, in local time, as RFC 5322 3.3 has it; cached, while `zone` stays the same."""
     local = time.localtime(now)     # without an argument, freezegun's knows no zone
     # Not by strftime(), whose names follow the locale; email.utils is slow to import.
@@ -1607,8 +1608,7 @@ class Command:
             outcome = run.finish(deadline)
         finally:
             self._runs.discard(run)
-            if not run.reap():      # nothing could end it, or something has interrupted us
-                run.signal(signal.SIGKILL)
+            if not run.reap():
                 self._unended.add(run)
         mail.outcome = "exit=%s" % outcome
         if outcome != 0:
@@ -1696,8 +1696,9 @@ class Command:
         except (OSError, ValueError, MemoryError) as error:
             _, problem = _find_program(self._program)
             why = problem or _why(error)
+            missing = isinstance(error, (FileNotFoundError, PermissionError, NotADirectoryError))
             raise TemporaryFailure("Cannot start the command: " + why, 451,
-                                   "4.3.5" if problem else "4.3.0", [why]) from None
+                                   "4.3.5" if missing else "4.3.0", [why]) from None
         finally:
             for descriptor in opened:
                 _close(descriptor)
@@ -1713,7 +1714,7 @@ def _find_reparser(words: list[str]) -> str:
             # Also bash5.2, and by their first letters bash-static, zsh5-static and sudo.ws.
             name = part.replace("=", "/").split("/")[-1].rstrip("0123456789.-")
             if not _SHELLS.isdisjoint((name, re.split("[^a-z]", name)[0])):
-                return "the command runs %s, which may read it as code" % name
+                return "the command needs %s, which may read it as code" % name
     return ""
 
 
@@ -1759,7 +1760,8 @@ class _Run:
         signal reaches zombies, too. Returns its exit status, or "signal N", "timeout" or "lost".
         """
         try:
-            self._look(0.01)
+            if self._pidfd >= 0:
+                self._look(0.01)
             self._watched.add(self._stderr)
             self._wait(deadline)
             outcome = self._status
@@ -1772,6 +1774,9 @@ class _Run:
             if outcome != 0:
                 self._wait(0.0, whole_group=True)   # no longer, but for its last words
             return outcome
+        except BaseException:
+            self.signal(signal.SIGKILL)
+            raise
         finally:
             _close(self._stderr)
             _close(self._pidfd)
@@ -2208,6 +2213,8 @@ class _Service(_Slots):
         """Wait, and return a client and its address; None if it is to be called again."""
         ready: list[socket.socket] = []
         try:
+            if self.stopping:       # since this thread is among the free ones, join() waits for it
+                return None
             if self._epoll:
                 descriptors = [each for each, _ in self._epoll.poll(None, 1)]
             else:
@@ -2290,17 +2297,19 @@ def _listen(hosts: Sequence[str], wanted: int, tries: int = 8) -> list[socket.so
 def _standard_streams() -> tuple[Connection, Peer]:
     """The client on standard input and output, as inetd has it. Raises _StartError, OSError."""
     import stat
-    if not (stat.S_ISSOCK(os.fstat(0).st_mode) and os.path.sameopenfile(0, 1)):
-        return _Descriptors(0, 1), Peer()
-    import socket
-    connection = socket.socket(fileno=os.dup(0))
-    if connection.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN):
-        raise _StartError("standard input is a listening socket; in inetd.conf write nowait in "
-                          "place of wait, in a systemd socket unit Accept=yes")
     peer = Peer()
-    with contextlib.suppress(OSError):      # it has left
-        peer = _peer_of(connection.getpeername())
-    return _taking_turns(connection), peer
+    if stat.S_ISSOCK(os.fstat(0).st_mode):
+        import socket
+        connection = socket.socket(fileno=os.dup(0))
+        if connection.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN):
+            raise _StartError("standard input is a listening socket; in inetd.conf write nowait in "
+                              "place of wait, in a systemd socket unit Accept=yes")
+        with contextlib.suppress(OSError):      # it has left
+            peer = _peer_of(connection.getpeername())
+        if os.path.sameopenfile(0, 1):
+            return _taking_turns(connection), peer
+        connection.close()
+    return _Descriptors(0, 1), peer
 
 
 # ---- Command line -----------------------------------------------------------------------------
@@ -2320,15 +2329,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     stderr = None
     with contextlib.suppress(OSError):      # it is closed
         stderr = _Outlet(2, "w", closefd=False)
-    with contextlib.suppress(OSError):      # no null device: who needs one will say so
-        _put_in_order(inetd)
     log = _Log(None, stderr)
     try:
-        import argparse
-        options = argparse.Namespace(inetd=inetd, log="none", debug=False)
         try:
-            _read_options(words, options)
-        finally:        # the log may have been named before the mistake
+            _put_in_order(inetd)
+        finally:        # whatever is wrong, the log may have been named before that
+            import argparse
+            options = argparse.Namespace(inetd=inetd, log="none", debug=False)
+            try:
+                _read_options(words, options)
+            except _StartError:
+                log = _open_log(options, stderr)
+                raise
             log = _open_log(options, stderr)
         return (_run_inetd if inetd else _run_daemon)(options, log)
     except (_StartError, OSError, ImportError, KeyboardInterrupt) as error:
@@ -2378,14 +2390,12 @@ def _read_options(words: Sequence[str], options: argparse.Namespace) -> None:
         hint = ("; did you mean %s?" % near[0] if near else
                 "; options begin with --, and a value with spaces needs quotes")
         parser.error("unknown argument %s%s" % (unknown[0], hint))
-    for name, value in vars(options).items():
-        if "" in (value if isinstance(value, list) else [value]):
-            parser.error("--%s needs a value" % name.replace("_", "-"))
     if not options.tls_cert_file and (options.tls_key_file or options.tls_starttls == "off"):
         parser.error("TLS needs --tls-cert-file, too")
     users = [user for user, _ in options.auth]
-    if len(set(users)) < len(users):
-        parser.error("--auth names a user twice: " + ", ".join(users))
+    twice = [user for user in users if users.count(user) > 1]
+    if twice:
+        parser.error("--auth names a user twice: " + twice[0])
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -2412,24 +2422,24 @@ def _parser() -> argparse.ArgumentParser:
 def _add_options(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument_group("service").add_argument
     add("--inetd", action="store_true", help="serve one client on standard input and output")
-    add("--interface", metavar="IP", action="append", default=[],
+    add("--interface", metavar="IP", action="append", type=_text, default=[],
         help="listen on this address (127.0.0.1), repeatable")
     add("--port", metavar="NUMBER", type=int, default=25,
         help="listen on this port (%(default)s), 0 for a free one")
-    add("--command", metavar="CMD", default="msmtp -f %F --",
+    add("--command", metavar="CMD", type=_text, default="msmtp -f %F --",
         help="pipe mails to this (msmtp -f %%F --)")
     add("--received", choices=("on", "off"), default="on",
         help="begin mails with a Received line (on)")
     add = parser.add_argument_group("log").add_argument
-    add("--log", metavar="none|syslog|FILE", default="none",
+    add("--log", metavar="none|syslog|FILE", type=_text, default="none",
         help="log to this (%(default)s), - is standard error")
     add("--debug", action="store_true", help="log the dialogues, without secrets")
     add = parser.add_argument_group("security").add_argument
     add("--auth", metavar="USER[,CMD]", action="append", type=_auth, default=[],
         help="let only this user send, repeatable; the password is what CMD prints, or in the key "
         "ring, or asked for")
-    add("--tls-cert-file", metavar="FILE", help="offer TLS with this certificate")
-    add("--tls-key-file", metavar="FILE", help="its key, if not in the same file")
+    add("--tls-cert-file", metavar="FILE", type=_text, help="offer TLS with this certificate")
+    add("--tls-key-file", metavar="FILE", type=_text, help="its key, if not in the same file")
     add("--tls-starttls", choices=("on", "off"), default="on",
         help="TLS by STARTTLS (on), or from the first byte")
     add = parser.add_argument_group("limits").add_argument
@@ -2447,24 +2457,35 @@ def _add_options(parser: argparse.ArgumentParser) -> None:
         help="print the version")
 
 
+def _mistake(text: str) -> Exception:
+    import argparse
+    return argparse.ArgumentTypeError(text)
+
+
+def _text(value: str) -> str:
+    if not value:
+        raise _mistake("needs a value")
+    return value
+
+
 def _auth(value: str) -> tuple[str, str]:
     user, comma, command = value.partition(",")
     if not user or comma and not command:
-        raise _StartError("write --auth=USER, or --auth=USER,COMMAND; see --help")
+        raise _mistake("write USER, or USER,COMMAND")
     return user, command
 
 
 def _size(value: str) -> int:
     match = re.fullmatch(r"([0-9]{1,15})([KMG]?)", value.upper())
     if not match:
-        raise _StartError("write --max-size=64M, 500K or 0, for none, not %r; see --help" % value)
+        raise _mistake("%r is not a size, such as 500K, 64M or 0" % value)
     return int(match.group(1)) << 10 * " KMG".index(match.group(2) or " ")
 
 
 def _open_log(options: argparse.Namespace, stderr: _Outlet | None) -> _Log:
     """The log that the options name. Raises _StartError where it cannot be opened."""
     target = "-" if options.debug and options.log == "none" else options.log
-    if target in ("none", ""):      # the latter is a mistake, which is told later
+    if target == "none":
         return _Log(None, stderr)
     import logging
     for level in range(logging.DEBUG, logging.CRITICAL + 1, 10):
@@ -2544,7 +2565,7 @@ def _look_up(user: str, command: str, inetd: bool) -> Iterator[tuple[bytes, str]
     try:
         import keyring  # type: ignore[import-not-found, unused-ignore]
         password = keyring.get_password("smtp://localhost", user) or ""
-        yield password.encode(), "keyring: no such entry"
+        yield password.encode("utf-8", "surrogateescape"), "keyring: no such entry"
     except ImportError:
         yield b"", "no Python package keyring"
     except Exception as error:      # each of its back ends raises its own
